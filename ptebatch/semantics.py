@@ -1,0 +1,316 @@
+"""Kernel behaviour as switches: what fork, zap and write faults do differently from one kernel version to another.
+
+A `KernelSemantics` is a set of switches plus a `KernelConfig`. The walk asks for switches and never for a version; a
+preset (`V6_18`, spelled ``v6.18`` outside Python) is the set that release x.y.0 had. Each switch names the commit that
+introduced it in `SWITCHES`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ptebatch.errors import SemanticsError
+
+# folio_pte_batch() flags: v6.9 to v6.16 name what to ignore, v6.17 turned that round and names what to respect.
+FPB_IGNORE_DIRTY = 1
+FPB_IGNORE_SOFT_DIRTY = 2
+FPB_RESPECT_DIRTY = 1
+FPB_RESPECT_SOFT_DIRTY = 2
+FPB_RESPECT_WRITE = 4
+FPB_MERGE_WRITE = 8
+FPB_MERGE_YOUNG_DIRTY = 16
+
+
+class Switch(NamedTuple):
+    """Where a behaviour comes from: commit, first release with it, and one line on what it does."""
+
+    commit: str
+    since: str
+    doc: str
+
+
+SWITCHES: dict[str, Switch] = {
+    "saved_dirty": Switch("fd5439e0c97b", "v6.6", "x86 keeps Dirty of read-only entries in bit 58"),
+    "fork_batching": Switch("f8d937761d65", "v6.9", "fork copies batches of PTEs of one large folio"),
+    "zap_batching": Switch("10ebac4f95e7", "v6.9", "unmapping clears batches of PTEs of one large folio"),
+    "any_young_dirty": Switch("", "v6.10", "folio_pte_batch() reports any_young and any_dirty"),
+    "large_mapcount": Switch("", "v6.10", "large folios count all their mappings in _large_mapcount"),
+    "copy_mc": Switch("", "v6.12", "copying a pinned page survives a memory error and returns -EHWPOISON"),
+    "special_pmd": Switch("bc02afbd4d73", "v6.12", "fork copies special (PFNMAP) PMDs"),
+    "guard_markers": Switch("7c53dfbdb024", "v6.13", "guard markers exist and are copied to the child"),
+    "fpb_clamp": Switch("7b08b74f3d99", "v6.15", "folio_pte_batch() clamps max_nr to the folio before scanning"),
+    "mm_id": Switch("6af8cb80d3a9", "v6.15", "large folios track two owning mms and whether they are shared"),
+    "fpb_respect": Switch("", "v6.17", "folio_pte_batch() flags say what to respect and what to merge"),
+    "vm_maybe_guard": Switch("", "v6.19", "guard regions set VM_MAYBE_GUARD, which makes fork copy the VMA"),
+}
+"""Every switch, oldest first."""
+
+LARGE_REUSE: dict[str, Switch] = {
+    "refcount": Switch("", "v6.1", "a write fault reuses a page of a large anon folio if the folio's refcount is 1"),
+    "never": Switch("", "v6.9", "a write fault always copies from a shared large anon folio"),
+    "mm_id": Switch("", "v6.15", "a write fault reuses if the MM-ID slots say the folio is exclusive"),
+}
+"""Values of the `large_reuse` switch."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """The build-time choices that change results.
+
+    Attributes
+    ----------
+    mem_soft_dirty : bool
+        CONFIG_MEM_SOFT_DIRTY.
+    no_page_mapcount : bool
+        CONFIG_NO_PAGE_MAPCOUNT (v6.15+): large folios keep no mapcount per page.
+    device_private : bool
+        CONFIG_DEVICE_PRIVATE: swap types for device memory exist.
+    x86_shstk : bool
+        The CPU has shadow stacks, so Dirty without RW counts as writable.
+    """
+
+    mem_soft_dirty: bool = True
+    no_page_mapcount: bool = False
+    device_private: bool = True
+    x86_shstk: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSemantics:
+    """One kernel's behaviour: a switch per change, see `SWITCHES` and `LARGE_REUSE`.
+
+    `inferred` is True where no source tree of that release was read and the switches follow from its neighbours.
+    """
+
+    version: str
+    inferred: bool
+    config: KernelConfig
+    saved_dirty: bool
+    fork_batching: bool
+    zap_batching: bool
+    any_young_dirty: bool
+    large_mapcount: bool
+    copy_mc: bool
+    special_pmd: bool
+    guard_markers: bool
+    fpb_clamp: bool
+    mm_id: bool
+    fpb_respect: bool
+    vm_maybe_guard: bool
+    large_reuse: str
+
+    def __post_init__(self) -> None:
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise SemanticsError(f"switch {name} must be True or False, not {getattr(self, name)!r}")
+        if self.large_reuse not in LARGE_REUSE:
+            raise SemanticsError(f"large_reuse must be one of {', '.join(LARGE_REUSE)}, not {self.large_reuse!r}")
+        needs = (
+            (self.mm_id, "mm_id", self.large_mapcount, "large_mapcount"),
+            (self.large_reuse == "mm_id", "large_reuse=mm_id", self.mm_id, "mm_id"),
+            (self.fpb_respect, "fpb_respect", self.fpb_clamp, "fpb_clamp"),
+            (self.config.no_page_mapcount, "no_page_mapcount", self.mm_id, "mm_id"),
+        )
+        for has, what, other, needed in needs:
+            if has and not other:
+                raise SemanticsError(f"{what} needs {needed}: set {needed} too, or leave {what} off")
+
+    @property
+    def switches(self) -> dict[str, bool | str]:
+        """Every switch and its value, `large_reuse` included."""
+        return {name: getattr(self, name) for name in (*SWITCHES, "large_reuse")}
+
+    def replace(self, *, config: KernelConfig | None = None, **switches: bool | str) -> KernelSemantics:
+        """Return a copy with some switches or configuration options set.
+
+        Parameters
+        ----------
+        config : KernelConfig, optional
+        **switches : bool or str
+            Names of `SWITCHES` or of `KernelConfig`'s fields, each True, False, "on" or "off"; and `large_reuse`.
+
+        Raises
+        ------
+        SemanticsError
+            Unknown name or value, or switches that exclude each other.
+
+        >>> V6_18.replace(fork_batching="off").fork_batching
+        False
+        """
+        own: dict[str, Any] = {}
+        options: dict[str, bool] = {}
+        for name, value in switches.items():
+            if name == "large_reuse":
+                own[name] = value
+            elif name in SWITCHES:
+                own[name] = _on_off(name, value)
+            elif name in _OPTIONS:
+                options[name] = _on_off(name, value)
+            else:
+                known = ", ".join((*SWITCHES, "large_reuse", *_OPTIONS))
+                raise SemanticsError(f"no switch named {name!r}; the switches are {known}")
+        return replace(self, config=replace(config or self.config, **options), **own)
+
+
+_OPTIONS = tuple(f.name for f in fields(KernelConfig))
+
+
+def _on_off(name: str, value: bool | str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value in ("on", "off"):
+        return value == "on"
+    raise SemanticsError(f"switch {name} must be on or off, not {value!r}")
+
+
+def _minor(version: str) -> int:
+    return int(version.removeprefix("v6."))
+
+
+def _preset(minor: int) -> KernelSemantics:
+    on = {name: _minor(switch.since) <= minor for name, switch in SWITCHES.items()}
+    reuse = [value for value, switch in LARGE_REUSE.items() if _minor(switch.since) <= minor][-1]
+    return KernelSemantics(
+        version=f"v6.{minor}", inferred=minor in (11, 15, 16), config=KernelConfig(), large_reuse=reuse, **on
+    )
+
+
+V6_6 = _preset(6)
+V6_7 = _preset(7)
+V6_8 = _preset(8)
+V6_9 = _preset(9)
+V6_10 = _preset(10)
+V6_11 = _preset(11)
+V6_12 = _preset(12)
+V6_13 = _preset(13)
+V6_14 = _preset(14)
+V6_15 = _preset(15)
+V6_16 = _preset(16)
+V6_17 = _preset(17)
+V6_18 = _preset(18)
+V6_19 = _preset(19)
+LATEST = V6_19
+
+PRESETS: dict[str, KernelSemantics] = {
+    s.version: s
+    for s in (V6_6, V6_7, V6_8, V6_9, V6_10, V6_11, V6_12, V6_13, V6_14, V6_15, V6_16, V6_17, V6_18, V6_19)
+}
+
+
+def get(version: str) -> KernelSemantics:
+    """Return the preset of that name.
+
+    >>> get("v6.18") is V6_18
+    True
+    """
+    try:
+        return PRESETS[version]
+    except (KeyError, TypeError):
+        raise SemanticsError(f"no preset {version!r}; the presets are {', '.join(PRESETS)}") from None
+
+
+# Stable releases that carry a later switch: (6, minor) -> switch -> first patch level with it.
+BACKPORTS: dict[int, dict[str, int]] = {}
+
+
+def running(
+    release: str | None = None, *, proc: str | os.PathLike[str] = "/proc", boot: str | os.PathLike[str] = "/boot"
+) -> tuple[KernelSemantics, list[str]]:
+    """Return the semantics nearest to the running kernel, and notes on what was inferred.
+
+    Parameters
+    ----------
+    release : str, optional
+        As ``uname -r`` prints it; read from the running kernel when left out.
+    proc, boot : path, optional
+        Where ``config.gz``, ``self/smaps``, ``cpuinfo`` and ``config-RELEASE`` are looked for.
+
+    Returns
+    -------
+    semantics : KernelSemantics
+    notes : list of str
+    """
+    release = platform.release() if release is None else release
+    notes: list[str] = []
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    if not found:
+        semantics = LATEST
+        notes.append(f"kernel release {release!r} not understood: nearest preset taken to be {semantics.version}")
+    else:
+        major, minor, patch = (int(n or 0) for n in found.groups())
+        if (major, minor) < (6, 6):
+            semantics = V6_6.replace(saved_dirty=False)
+            notes.append(f"kernel {release}: nearest preset v6.6, without saved_dirty")
+        elif (major, minor) > (6, 19):
+            semantics = LATEST
+            notes.append(f"kernel {release} is newer than every preset: nearest {semantics.version}")
+        else:
+            semantics = get(f"v6.{minor}")
+            late = [name for name, first in BACKPORTS.get(minor, {}).items() if patch >= first]
+            if late:
+                semantics = semantics.replace(**dict.fromkeys(late, True))
+                notes.append(f"kernel {release}: {semantics.version} with backported {', '.join(late)}")
+        if semantics.inferred:
+            notes.append(f"{semantics.version} is inferred from the releases around it")
+    config, more = _running_config(release, Path(proc), Path(boot))
+    if config.no_page_mapcount and not semantics.mm_id:
+        config = replace(config, no_page_mapcount=False)
+    return semantics.replace(config=config), notes + more
+
+
+def _running_config(release: str, proc: Path, boot: Path) -> tuple[KernelConfig, list[str]]:
+    notes: list[str] = []
+    default = KernelConfig()
+    text = None
+    for path in (proc / "config.gz", boot / f"config-{release}"):
+        try:
+            raw = path.read_bytes()
+            text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+            break
+        except (OSError, EOFError, ValueError):
+            continue
+    if text is not None:
+        on = set(re.findall(r"^CONFIG_(\w+)=y$", text, re.MULTILINE))
+        mem_soft_dirty = "MEM_SOFT_DIRTY" in on
+        no_page_mapcount = "NO_PAGE_MAPCOUNT" in on
+        device_private = "DEVICE_PRIVATE" in on
+    else:
+        notes.append("kernel configuration not readable (/proc/config.gz, /boot/config-*)")
+        no_page_mapcount, device_private = default.no_page_mapcount, default.device_private
+        notes.append(f"no_page_mapcount={no_page_mapcount} and device_private={device_private} are assumed")
+        smaps = _read(proc / "self" / "smaps")
+        # A new VMA carries VM_SOFTDIRTY ("sd") wherever soft-dirty is configured.
+        mem_soft_dirty = bool(re.search(r"^VmFlags:.*\bsd\b", smaps, re.MULTILINE))
+        if smaps:
+            notes.append(f"mem_soft_dirty={mem_soft_dirty} is inferred from VmFlags in smaps")
+        else:
+            mem_soft_dirty = default.mem_soft_dirty
+            notes.append(f"mem_soft_dirty={mem_soft_dirty} is assumed")
+    shstk = bool(re.search(r"^flags\s*:.*\buser_shstk\b", _read(proc / "cpuinfo"), re.MULTILINE))
+    if not shstk:
+        notes.append("x86_shstk=False: cpuinfo shows no user_shstk")
+    return KernelConfig(mem_soft_dirty, no_page_mapcount, device_private, shstk), notes
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def describe(semantics: KernelSemantics) -> Mapping[str, Any]:
+    """Return version, switches and configuration as plain data, for reports."""
+    return {
+        "version": semantics.version,
+        "inferred": semantics.inferred,
+        **semantics.switches,
+        **{name: getattr(semantics.config, name) for name in _OPTIONS},
+    }

@@ -1,0 +1,94 @@
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+I32 = npt.NDArray[np.int32]
+
+LAYOUT_FIELDS: tuple[str, ...]
+RULE_FIELDS: tuple[str, ...]
+STAT_FIELDS: tuple[str, ...]
+HELPERS: tuple[str, ...]
+MEMMAP_CONSTANTS: dict[str, int]
+RESULTS: dict[str, int]
+
+def py_folio_pte_batch(
+    table: U64,
+    idx: int,
+    pte: int,
+    max_nr: int,
+    folio_end: int,
+    layout: U64,
+    respect_dirty: bool,
+    respect_soft_dirty: bool,
+    respect_write: bool,
+    clamp: bool,
+) -> tuple[int, bool, bool, bool, int]: ...
+def py_wrprotect_ptes(table: U64, idx: int, nr: int, layout: U64) -> None: ...
+def py_set_ptes(table: U64, idx: int, pte: int, nr: int, layout: U64) -> None: ...
+def py_copy_present_ptes(
+    dst: U64,
+    src: U64,
+    idx: int,
+    max_nr: int,
+    layout: U64,
+    rules: U64,
+    words: U64,
+    aux: U64,
+    top: I32,
+    sub: I32,
+    rss: I64,
+    stats: I64,
+    prealloc: int | None,
+) -> tuple[int, bool, int]: ...
+def py_copy_page_range(
+    dst: U64,
+    src: U64,
+    vpns: I64,
+    dst_row: int,
+    src_row: int,
+    nr_rows: int,
+    start: int,
+    end: int,
+    layout: U64,
+    rules: U64,
+    words: U64,
+    aux: U64,
+    top: I32,
+    sub: I32,
+    pool: U64,
+    rss: I64,
+    stats: I64,
+    state: I64,
+) -> tuple[int, int]: ...
+def py_check_range(
+    table: U64,
+    vpns: I64,
+    first_row: int,
+    nr_rows: int,
+    start: int,
+    end: int,
+    layout: U64,
+    words: U64,
+    aux: U64,
+    top: I32,
+    sub: I32,
+    as_kernel: bool,
+) -> tuple[int, int, int]: ...
+def py_wrprotect_range(
+    table: U64,
+    vpns: I64,
+    first_row: int,
+    nr_rows: int,
+    start: int,
+    end: int,
+    batching: bool,
+    clamp: bool,
+    layout: U64,
+    words: U64,
+    aux: U64,
+    top: I32,
+    sub: I32,
+    stats: I64,
+) -> tuple[int, int]: ...
+def py_apply_helper(helper: int, values: U64, arg: int, out: U64, layout: U64) -> None: ...

@@ -1,0 +1,910 @@
+"""The hot loops of fork()'s page-table copy.
+
+Design note
+-----------
+* One entry point per VMA: :func:`copy_page_range` walks every table of the range in one call, without the GIL.
+  The other entries expose the primitives the walk is made of, over one table each.
+* ``pte_layout`` and ``copy_rules`` are plain structs of 64-bit words, filled once per call from arrays whose field
+  order is exported (``LAYOUT_FIELDS``, ``RULE_FIELDS``): the names live here, beside the structs, and nowhere else.
+* Page tables are typed memoryviews, addressed by (row, idx): an entry's index in its table is part of its meaning.
+  The memmap is reached through ``memmap``, raw pointers with their lengths: those indices come from page-table
+  *contents*, so they are checked in every build, not only in the bounds-checked one.
+* Counts cannot overflow their bit field: a page whose count has reached the limit bit stops the walk with
+  ``E_OVERFLOW`` while the field still has room for one more batch.
+* Counters that others imply (batches, single and batched entries, reference and rmap operations) are derived from
+  the batch histogram when a call ends, so the loop itself counts little.
+* Order-0 folios run the same code in batched and in single mode.
+
+Order of this file: constants and structs, scalar helpers, loops, entries.
+"""
+from libc.errno cimport EAGAIN
+from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.string cimport memcpy
+
+cdef extern from "<errno.h>" nogil:
+    int EHWPOISON
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants and structs
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef enum:
+    KIND_X86_ = 1
+
+# The memmap word; ptebatch.folio holds the same numbers under public names and ptebatch.batch compares them on import.
+cdef enum:
+    MAPCOUNT_BITS_ = 24
+    COUNTER_SHIFT_ = 24
+    COUNTER_BITS_ = 26
+    ORDER_SHIFT_ = 50
+    ORDER_BITS_ = 5
+    DEVICE_BIT_ = 55
+    AE_BIT_ = 56
+    ANON_BIT_ = 57
+    SWAPBACKED_BIT_ = 58
+    KSM_BIT_ = 59
+    HUGETLB_BIT_ = 60
+    PINNED_BIT_ = 61
+    HWPOISON_BIT_ = 62
+    VALID_BIT_ = 63
+    AUX_COUNT_BITS_ = 26
+    AUX_ID_BITS_ = 20
+    AUX_SHARED_BIT_ = 63
+    SECTION_SHIFT_ = 6
+    TOP_SHIFT_ = 18
+
+cdef uint64_t ONE = 1
+cdef enum:
+    GUP_PIN_COUNTING_BIAS = 1024
+
+# Results of a walk that are not kernel errnos.
+cdef enum:
+    E_NO_PAGE = -1001       # a PFN that has no page in the memmap
+    E_OVERFLOW = -1002      # a page or folio count reached its limit
+    E_UNSUPPORTED = -1003   # a swap-type entry
+    E_PREALLOC = -1004      # the pool of preallocated pages is empty
+    E_GEOMETRY = -1005      # a folio that does not lie in the memmap as its order says
+
+ctypedef struct pte_layout:
+    uint64_t kind
+    uint64_t pfn_shift
+    uint64_t pfn_mask
+    uint64_t none_value
+    uint64_t none_ignore
+    uint64_t present_mask
+    uint64_t valid
+    uint64_t write
+    uint64_t young
+    uint64_t dirty
+    uint64_t saved_dirty
+    uint64_t soft_dirty
+    uint64_t uffd_wp
+    uint64_t special
+    uint64_t shstk
+
+LAYOUT_FIELDS = ("kind", "pfn_shift", "pfn_mask", "none_value", "none_ignore", "present_mask", "valid", "write",
+                 "young", "dirty", "saved_dirty", "soft_dirty", "uffd_wp", "special", "shstk")
+
+ctypedef struct copy_rules:
+    uint64_t batching            # copy_present_ptes may batch
+    uint64_t cow                 # is_cow_mapping(src_vma)
+    uint64_t shared              # VM_SHARED in src_vma
+    uint64_t src_shadow_stack    # VM_SHADOW_STACK in src_vma
+    uint64_t respect_dirty
+    uint64_t respect_soft_dirty
+    uint64_t fpb_clamp
+    uint64_t dst_uffd_wp         # userfaultfd_wp(dst_vma)
+    uint64_t dst_write           # VM_WRITE in dst_vma
+    uint64_t dst_shadow_stack
+    uint64_t dst_prot            # dst_vma->vm_page_prot
+    uint64_t has_pinned          # MMF_HAS_PINNED of the source mm
+    uint64_t large_mapcount
+    uint64_t mm_id               # MM-ID slots are maintained
+    uint64_t page_mapcount       # per-page mapcount of large folios is maintained
+    uint64_t copy_mc             # copying a poisoned page fails with -EHWPOISON
+    uint64_t dst_mm_id
+    uint64_t as_kernel           # a PFN without a page is vm_normal_page() == NULL, not an error
+
+RULE_FIELDS = ("batching", "cow", "shared", "src_shadow_stack", "respect_dirty", "respect_soft_dirty", "fpb_clamp",
+               "dst_uffd_wp", "dst_write", "dst_shadow_stack", "dst_prot", "has_pinned", "large_mapcount", "mm_id",
+               "page_mapcount", "copy_mc", "dst_mm_id", "as_kernel")
+
+# Where each counter lives in the stats array; the batch histogram follows, indexed by nr.
+cdef enum:
+    S_VMAS_COPIED, S_VMAS_SKIPPED, S_TABLES_ALLOCATED, S_PTES_NONE, S_PTES_PRESENT, S_PTES_SINGLE, S_PTES_BATCHED,
+    S_BATCHES, S_FOLIO_REF_ADD, S_RMAP_DUP, S_PTEP_GET, S_WRPROTECT_PTES, S_PTES_WRPROTECTED, S_SET_PTES,
+    S_EAGAIN_ROUNDS, S_COPIED_PAGES, S_ANON_EXCLUSIVE_CLEARED, S_SPECIAL_PTES, N_STATS
+
+STAT_FIELDS = ("vmas_copied", "vmas_skipped", "tables_allocated", "ptes_none", "ptes_present", "ptes_single",
+               "ptes_batched", "batches", "folio_ref_add", "rmap_dup", "ptep_get", "wrprotect_ptes",
+               "ptes_wrprotected", "set_ptes", "eagain_rounds", "copied_pages", "anon_exclusive_cleared",
+               "special_ptes")
+
+MEMMAP_CONSTANTS = {
+    "MAPCOUNT_BITS": MAPCOUNT_BITS_, "COUNTER_SHIFT": COUNTER_SHIFT_, "COUNTER_BITS": COUNTER_BITS_,
+    "ORDER_SHIFT": ORDER_SHIFT_, "ORDER_BITS": ORDER_BITS_, "DEVICE_BIT": DEVICE_BIT_, "AE_BIT": AE_BIT_,
+    "ANON_BIT": ANON_BIT_, "SWAPBACKED_BIT": SWAPBACKED_BIT_, "KSM_BIT": KSM_BIT_, "HUGETLB_BIT": HUGETLB_BIT_,
+    "PINNED_BIT": PINNED_BIT_, "HWPOISON_BIT": HWPOISON_BIT_, "VALID_BIT": VALID_BIT_,
+    "AUX_COUNT_BITS": AUX_COUNT_BITS_, "AUX_ID_BITS": AUX_ID_BITS_, "AUX_SHARED_BIT": AUX_SHARED_BIT_,
+    "SECTION_SHIFT": SECTION_SHIFT_, "TOP_SHIFT": TOP_SHIFT_,
+}
+RESULTS = {"E_NO_PAGE": E_NO_PAGE, "E_OVERFLOW": E_OVERFLOW, "E_UNSUPPORTED": E_UNSUPPORTED,
+           "E_PREALLOC": E_PREALLOC, "E_GEOMETRY": E_GEOMETRY}
+
+ctypedef struct memmap:
+    uint64_t *words
+    uint64_t *aux
+    Py_ssize_t nr_words
+    const int32_t *top
+    Py_ssize_t nr_top
+    const int32_t *sub
+    Py_ssize_t nr_sub
+
+ctypedef struct batch_scan:
+    uint64_t clear       # bits the normaliser removes
+    uint64_t fold        # D and SavedDirty are one bit to the comparison
+    Py_ssize_t folio_end  # entries from the first one to the end of its folio
+    int clamp
+    uint64_t any_write
+    uint64_t any_young
+    uint64_t any_dirty
+    Py_ssize_t reads     # ptep_get() calls made by the scan
+
+ctypedef struct walk:
+    uint64_t prealloc    # PFN in hand, NO_PFN if none
+    uint64_t fail_pfn
+    int64_t *stats
+    int64_t *rss
+
+cdef uint64_t NO_PFN = ~<uint64_t>0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scalar helpers
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef inline bint pte_none(const pte_layout *L, uint64_t v) noexcept nogil:
+    return (v & ~L.none_ignore) == L.none_value
+
+
+cdef inline bint pte_present(const pte_layout *L, uint64_t v) noexcept nogil:
+    return (v & L.present_mask) != 0
+
+
+cdef inline bint pfn_inverted(const pte_layout *L, uint64_t v) noexcept nogil:
+    # x86 stores the PFN of an entry the hardware must not follow inverted (L1TF).
+    return v != 0 and not v & L.valid
+
+
+cdef inline uint64_t pte_pfn(const pte_layout *L, uint64_t v) noexcept nogil:
+    if pfn_inverted(L, v):
+        v = ~v
+    return (v & L.pfn_mask) >> L.pfn_shift
+
+
+cdef inline uint64_t pfn_step(const pte_layout *L, uint64_t v) noexcept nogil:
+    # What pte_advance_pfn() by one adds to the value, modulo 2^64.
+    cdef uint64_t step = ONE << L.pfn_shift
+    return 0 - step if pfn_inverted(L, v) else step
+
+
+cdef inline uint64_t pte_advance_pfn(const pte_layout *L, uint64_t v, uint64_t n) noexcept nogil:
+    return v + n * pfn_step(L, v)
+
+
+cdef inline uint64_t mk_pte(const pte_layout *L, uint64_t pfn, uint64_t prot) noexcept nogil:
+    cdef uint64_t field = (pfn << L.pfn_shift) & L.pfn_mask
+    if pfn_inverted(L, prot):
+        field ^= L.pfn_mask
+    return field | prot
+
+
+cdef inline bint pte_write(const pte_layout *L, uint64_t v) noexcept nogil:
+    return (v & L.write) != 0 or (L.shstk != 0 and (v & L.dirty) != 0)
+
+
+cdef inline bint pte_young(const pte_layout *L, uint64_t v) noexcept nogil:
+    return (v & L.young) != 0
+
+
+cdef inline bint pte_dirty(const pte_layout *L, uint64_t v) noexcept nogil:
+    return (v & (L.dirty | L.saved_dirty)) != 0
+
+
+cdef inline uint64_t save_dirty(const pte_layout *L, uint64_t v) noexcept nogil:
+    # Read-only entries keep their dirty state in SavedDirty (v6.6+); without that bit D stays where it is.
+    cdef uint64_t d = v & L.dirty if L.saved_dirty else 0
+    return (v ^ d) | (L.saved_dirty & (0 - <uint64_t>(d != 0)))
+
+
+cdef inline uint64_t pte_wrprotect(const pte_layout *L, uint64_t v) noexcept nogil:
+    return save_dirty(L, v & ~L.write)
+
+
+cdef inline uint64_t pte_mkwrite(const pte_layout *L, uint64_t v, bint shadow_stack) noexcept nogil:
+    if shadow_stack and L.saved_dirty:
+        return (v & ~L.write) | L.dirty
+    v |= L.write
+    if v & L.saved_dirty:
+        v = (v & ~L.saved_dirty) | L.dirty
+    return v
+
+
+cdef inline uint64_t pte_mkclean(const pte_layout *L, uint64_t v) noexcept nogil:
+    return v & ~(L.dirty | L.saved_dirty)
+
+
+cdef inline uint64_t pte_mkdirty(const pte_layout *L, uint64_t v) noexcept nogil:
+    v |= L.dirty | L.soft_dirty
+    return v if v & L.write else save_dirty(L, v)
+
+
+cdef inline uint64_t pte_mkuffd_wp(const pte_layout *L, uint64_t v) noexcept nogil:
+    return pte_wrprotect(L, v | L.uffd_wp)
+
+
+cdef inline uint64_t normalised(const pte_layout *L, const batch_scan *B, uint64_t v) noexcept nogil:
+    # The comparison form of folio_pte_batch(): pte_mkold, and pte_wrprotect, pte_mkclean, pte_clear_soft_dirty as asked.
+    v &= ~B.clear
+    return save_dirty(L, v) if B.fold else v
+
+
+cdef inline void scan_rules(const pte_layout *L, batch_scan *B, bint respect_dirty, bint respect_soft_dirty,
+                            bint respect_write) noexcept nogil:
+    B.clear = L.young
+    if not respect_dirty:
+        B.clear |= L.dirty | L.saved_dirty
+    if not respect_soft_dirty:
+        B.clear |= L.soft_dirty
+    if not respect_write:
+        B.clear |= L.write
+    B.fold = respect_dirty and not respect_write
+    B.any_write = B.any_young = B.any_dirty = 0
+    B.reads = 0
+
+
+cdef inline uint64_t word_mapcount(uint64_t w) noexcept nogil:
+    return w & ((ONE << MAPCOUNT_BITS_) - 1)
+
+
+cdef inline uint64_t word_counter(uint64_t w) noexcept nogil:
+    return (w >> COUNTER_SHIFT_) & ((ONE << COUNTER_BITS_) - 1)
+
+
+cdef inline Py_ssize_t word_order(uint64_t w) noexcept nogil:
+    return (w >> ORDER_SHIFT_) & ((ONE << ORDER_BITS_) - 1)
+
+
+cdef inline bint at_limit(uint64_t w) noexcept nogil:
+    # The top bit of either count field: the limit that leaves room for one more batch.
+    return (w & ((ONE << (MAPCOUNT_BITS_ - 1)) | (ONE << (COUNTER_SHIFT_ + COUNTER_BITS_ - 1)))) != 0
+
+
+cdef inline int rss_counter(uint64_t w) noexcept nogil:
+    # mm_counter(folio): MM_ANONPAGES, MM_SHMEMPAGES or MM_FILEPAGES
+    if w >> ANON_BIT_ & 1:
+        return 1
+    return 3 if w >> SWAPBACKED_BIT_ & 1 else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loops
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef inline Py_ssize_t page_index(const memmap *M, uint64_t pfn) noexcept nogil:
+    """Where the word of a PFN lives, or -1. Every step is bounds-checked: the PFN comes out of a page table."""
+    cdef uint64_t block = pfn >> TOP_SHIFT_
+    cdef Py_ssize_t at
+    cdef int32_t entry
+    if block >= <uint64_t>M.nr_top:
+        return -1
+    entry = M.top[block]
+    if entry < 0:
+        return -1
+    at = (<Py_ssize_t>entry << (TOP_SHIFT_ - SECTION_SHIFT_)) + <Py_ssize_t>(
+        pfn >> SECTION_SHIFT_ & ((ONE << (TOP_SHIFT_ - SECTION_SHIFT_)) - 1))
+    if at >= M.nr_sub:
+        return -1
+    entry = M.sub[at]
+    if entry < 0:
+        return -1
+    at = (<Py_ssize_t>(entry >> 1) << SECTION_SHIFT_) + <Py_ssize_t>(pfn & ((1 << SECTION_SHIFT_) - 1))
+    return at if at < M.nr_words else -1
+
+
+cdef inline Py_ssize_t folio_head(const memmap *M, Py_ssize_t page, uint64_t pfn, uint64_t w) noexcept nogil:
+    """Index of the head page's word, or E_GEOMETRY if the folio is not whole in the memmap."""
+    cdef Py_ssize_t nr_pages = <Py_ssize_t>1 << word_order(w)
+    cdef Py_ssize_t head = page - <Py_ssize_t>(pfn & <uint64_t>(nr_pages - 1))
+    if head < 0 or head + nr_pages > M.nr_words:
+        return E_GEOMETRY
+    return head
+
+
+cdef inline Py_ssize_t folio_pte_batch(const uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, uint64_t pte,
+                                       Py_ssize_t max_nr, const pte_layout *L, batch_scan *B) except -1 nogil:
+    """Entries from idx that are present, map consecutive pages of one folio and agree in every compared bit."""
+    cdef uint64_t step = pfn_step(L, pte)
+    cdef uint64_t expected = normalised(L, B, pte)
+    cdef uint64_t seen = 0, cur
+    cdef Py_ssize_t limit = max_nr if max_nr < B.folio_end else B.folio_end
+    cdef Py_ssize_t nr = 1
+    # Only the fields a shadow-stack CPU reads as writable differ from plain bits; they are tested apart.
+    cdef bint shstk = L.shstk != 0
+    while nr < limit:
+        cur = table[row, idx + nr]
+        expected += step
+        if normalised(L, B, cur) != expected:
+            B.reads += 1
+            break
+        seen |= cur
+        if shstk and pte_write(L, cur):
+            B.any_write = 1
+        nr += 1
+    else:
+        # Before the clamp the scan learned of the folio's end only by reading the entry behind it.
+        if not B.clamp and limit < max_nr:
+            B.reads += 1
+    B.reads += nr - 1
+    if seen & L.write:
+        B.any_write = 1
+    B.any_young = (seen & L.young) != 0
+    B.any_dirty = (seen & (L.dirty | L.saved_dirty)) != 0
+    return nr
+
+
+cdef inline Py_ssize_t wrprotect_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, Py_ssize_t nr,
+                                      const pte_layout *L) except -1 nogil:
+    cdef Py_ssize_t k
+    for k in range(idx, idx + nr):
+        table[row, k] = pte_wrprotect(L, table[row, k])
+    return 0
+
+
+cdef inline Py_ssize_t set_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, uint64_t pte, Py_ssize_t nr,
+                                const pte_layout *L) except -1 nogil:
+    cdef uint64_t step = pfn_step(L, pte)
+    cdef Py_ssize_t k
+    for k in range(idx, idx + nr):
+        table[row, k] = pte
+        pte += step
+    return 0
+
+
+cdef inline bint folio_maybe_dma_pinned(const memmap *M, Py_ssize_t head, uint64_t w) noexcept nogil:
+    if word_order(w):
+        return M.words[head] >> PINNED_BIT_ & 1
+    return word_counter(w) >= GUP_PIN_COUNTING_BIAS
+
+
+cdef inline void folio_add_mm_mapping(const memmap *M, Py_ssize_t head, uint64_t mm, uint64_t nr,
+                                      uint64_t total) noexcept nogil:
+    """MM-ID slots of a large folio when `mm` adds nr mappings; total is the large mapcount afterwards (v6.15)."""
+    cdef uint64_t id_mask = ((ONE << AUX_ID_BITS_) - 1) << AUX_COUNT_BITS_
+    cdef uint64_t mine = mm << AUX_COUNT_BITS_
+    cdef uint64_t *slot = M.aux + head
+    if slot[0] & id_mask == mine:
+        slot[0] += nr
+    elif slot[1] & id_mask == mine:
+        slot[1] += nr
+    elif not slot[0] & id_mask:
+        slot[0] |= mine | nr
+        if total != nr:
+            slot[0] |= ONE << AUX_SHARED_BIT_
+    elif not slot[1] & id_mask:
+        slot[1] |= mine | nr
+        slot[0] |= ONE << AUX_SHARED_BIT_
+
+
+cdef inline Py_ssize_t folio_dup_ptes(const memmap *M, Py_ssize_t page, Py_ssize_t head, Py_ssize_t nr,
+                                      const copy_rules *R, walk *W) noexcept nogil:
+    """Reference and rmap work for nr pages of one folio: folio_ref_add() with folio_try_dup_anon_rmap_ptes() or
+    folio_dup_file_rmap_ptes(). Returns 0, -EAGAIN (pinned and exclusive; nothing changed) or E_OVERFLOW."""
+    cdef uint64_t *words = M.words
+    cdef uint64_t w = words[page], exclusive = 0, limit = 0, total
+    cdef uint64_t clear = 0, add
+    cdef bint large = word_order(w) != 0
+    cdef Py_ssize_t k
+    if w >> ANON_BIT_ & 1:
+        clear = ONE << AE_BIT_
+        if R.has_pinned and not w >> DEVICE_BIT_ & 1 and folio_maybe_dma_pinned(M, head, w):
+            for k in range(page, page + nr):
+                exclusive |= words[k]
+            if exclusive & clear:
+                return -EAGAIN
+            exclusive = 0
+    if not large:
+        words[page] = (w & ~clear) + (ONE << COUNTER_SHIFT_) + 1
+        W.stats[S_ANON_EXCLUSIVE_CLEARED] += (w & clear) != 0
+        W.rss[rss_counter(w)] += 1
+        return E_OVERFLOW if at_limit(w) else 0
+    add = R.page_mapcount
+    for k in range(page, page + nr):
+        w = words[k]
+        exclusive += (w & clear) >> AE_BIT_
+        limit |= w
+        words[k] = (w & ~clear) + add
+    limit &= (ONE << MAPCOUNT_BITS_) - 1
+    W.stats[S_ANON_EXCLUSIVE_CLEARED] += <int64_t>exclusive
+    W.rss[rss_counter(w)] += nr
+    limit |= words[head]
+    words[head] += <uint64_t>nr << COUNTER_SHIFT_
+    if R.large_mapcount:
+        limit |= words[head + 1]
+        words[head + 1] += <uint64_t>nr << COUNTER_SHIFT_
+        if R.mm_id and not w >> HUGETLB_BIT_ & 1:
+            total = word_counter(words[head + 1])
+            folio_add_mm_mapping(M, head, R.dst_mm_id, nr, total)
+    return E_OVERFLOW if at_limit(limit) else 0
+
+
+cdef inline Py_ssize_t copy_present_page(uint64_t[:, ::1] dst, Py_ssize_t drow, Py_ssize_t idx, uint64_t pte,
+                                         uint64_t w, const pte_layout *L, const copy_rules *R, const memmap *M,
+                                         walk *W) except -1 nogil:
+    """Early copy of a pinned exclusive page into the preallocated one; the parent is left as it is."""
+    cdef Py_ssize_t page
+    if W.prealloc == NO_PFN:
+        return -EAGAIN
+    if R.copy_mc and w >> HWPOISON_BIT_ & 1:
+        return -EHWPOISON
+    page = page_index(M, W.prealloc)
+    if page < 0:
+        W.fail_pfn = W.prealloc
+        return E_NO_PAGE
+    M.words[page] = (ONE << VALID_BIT_ | ONE << ANON_BIT_ | ONE << SWAPBACKED_BIT_ | ONE << AE_BIT_
+                     | ONE << COUNTER_SHIFT_ | 1)
+    M.aux[page] = 0
+    cdef uint64_t child = pte_mkdirty(L, mk_pte(L, W.prealloc, R.dst_prot))
+    if R.dst_write:
+        child = pte_mkwrite(L, child, R.dst_shadow_stack != 0)
+    if R.dst_uffd_wp and pte & L.uffd_wp:
+        child = pte_mkuffd_wp(L, child)
+    dst[drow, idx] = child
+    W.prealloc = NO_PFN
+    W.rss[1] += 1
+    W.stats[S_COPIED_PAGES] += 1
+    W.stats[N_STATS + 1] += 1
+    return 1
+
+
+cdef inline Py_ssize_t copy_present_ptes(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[:, ::1] src, Py_ssize_t srow,
+                                         Py_ssize_t idx, uint64_t pte, Py_ssize_t max_nr, const pte_layout *L,
+                                         const copy_rules *R, const memmap *M, batch_scan *B,
+                                         walk *W) except -1 nogil:
+    """Copy one present entry or one batch. Returns nr, -EAGAIN, -EHWPOISON or an E_ code."""
+    cdef Py_ssize_t nr = 1, page = -1, head, ret
+    cdef uint64_t pfn, w = 0, p = pte
+    if pte & L.special:
+        W.stats[S_SPECIAL_PTES] += 1
+    else:
+        pfn = pte_pfn(L, pte)
+        page = page_index(M, pfn)
+        if page >= 0:
+            w = M.words[page]
+        if not w >> VALID_BIT_:
+            if not R.as_kernel:
+                W.fail_pfn = pfn
+                return E_NO_PAGE
+            W.stats[S_SPECIAL_PTES] += 1
+            page = -1
+    if page >= 0:
+        head = page
+        if word_order(w):
+            head = folio_head(M, page, pfn, w)
+            if head < 0:
+                W.fail_pfn = pfn
+                return E_GEOMETRY
+            if max_nr != 1 and W.prealloc == NO_PFN:
+                B.folio_end = head + (<Py_ssize_t>1 << word_order(w)) - page
+                B.any_write = 0
+                B.reads = 0
+                nr = folio_pte_batch(src, srow, idx, pte, max_nr, L, B)
+                W.stats[S_PTEP_GET] += B.reads
+                if B.any_write:
+                    p = pte_mkwrite(L, p, R.src_shadow_stack != 0)
+        ret = folio_dup_ptes(M, page, head, nr, R, W)
+        if ret == -EAGAIN:
+            # A batch is all or nothing, and without a page in hand there is nothing to copy into.
+            return copy_present_page(dst, drow, idx, pte, w, L, R, M, W)
+        if ret < 0:
+            W.fail_pfn = pfn
+            return ret
+    if R.cow and pte_write(L, p):
+        wrprotect_ptes(src, srow, idx, nr, L)
+        p = pte_wrprotect(L, p)
+        W.stats[S_WRPROTECT_PTES] += 1
+        W.stats[S_PTES_WRPROTECTED] += nr
+    if R.shared:
+        p = pte_mkclean(L, p)
+    p &= ~L.young
+    if not R.dst_uffd_wp:
+        p &= ~L.uffd_wp
+    set_ptes(dst, drow, idx, p, nr, L)
+    W.stats[N_STATS + nr] += 1
+    return nr
+
+
+cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[:, ::1] src, Py_ssize_t srow,
+                                      Py_ssize_t *at, Py_ssize_t end, const pte_layout *L, const copy_rules *R,
+                                      const memmap *M, batch_scan *B, const uint64_t[::1] pool, Py_ssize_t *used,
+                                      walk *W) except -1 nogil:
+    """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it."""
+    cdef Py_ssize_t idx = at[0], ret, max_nr
+    cdef uint64_t pte
+    while idx < end:
+        pte = src[srow, idx]
+        if pte_none(L, pte):
+            W.stats[S_PTES_NONE] += 1
+            idx += 1
+            continue
+        at[0] = idx
+        if not pte_present(L, pte):
+            return E_UNSUPPORTED
+        if R.has_pinned and used[0] >= pool.shape[0]:
+            return E_PREALLOC
+        max_nr = end - idx if R.batching else 1
+        ret = copy_present_ptes(dst, drow, src, srow, idx, pte, max_nr, L, R, M, B, W)
+        if ret == -EAGAIN:
+            W.stats[S_EAGAIN_ROUNDS] += 1
+            W.prealloc = pool[used[0]]
+            ret = copy_present_ptes(dst, drow, src, srow, idx, src[srow, idx], max_nr, L, R, M, B, W)
+            if W.prealloc == NO_PFN:
+                used[0] += 1
+            W.prealloc = NO_PFN
+        if ret < 0:
+            W.stats[S_PTEP_GET] += ret == -EHWPOISON  # read, but no batch to count it by
+            return ret
+        idx += ret
+    at[0] = idx
+    return 0
+
+
+cdef inline void derive_stats(int64_t *stats, Py_ssize_t nr_hist) noexcept nogil:
+    """Counters that the histogram and the few counted ones imply."""
+    cdef Py_ssize_t nr
+    cdef int64_t batched = 0, batches = 0
+    for nr in range(2, nr_hist):
+        batched += nr * stats[N_STATS + nr]
+        batches += stats[N_STATS + nr]
+    stats[S_PTES_SINGLE] = stats[N_STATS + 1]
+    stats[S_PTES_BATCHED] = batched
+    stats[S_PTES_PRESENT] = stats[S_PTES_SINGLE] + batched
+    stats[S_BATCHES] = stats[S_PTES_SINGLE] + batches
+    stats[S_SET_PTES] = stats[S_BATCHES]
+    stats[S_FOLIO_REF_ADD] = stats[S_BATCHES] - stats[S_SPECIAL_PTES] - stats[S_COPIED_PAGES]
+    stats[S_RMAP_DUP] = stats[S_FOLIO_REF_ADD]
+
+
+cdef inline int64_t main_loop_reads(const int64_t *stats, Py_ssize_t nr_hist) noexcept nogil:
+    cdef Py_ssize_t nr
+    cdef int64_t reads = stats[S_PTES_NONE] + stats[S_EAGAIN_ROUNDS]
+    for nr in range(1, nr_hist):
+        reads += stats[N_STATS + nr]
+    return reads
+
+
+cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t *at, Py_ssize_t end,
+                                   const pte_layout *L, const memmap *M, bint as_kernel,
+                                   uint64_t *fail_pfn) except -1 nogil:
+    """Read-only: every present entry of one table has a page, and nothing else but none entries is there."""
+    cdef Py_ssize_t idx, page
+    cdef uint64_t pte, pfn
+    for idx in range(at[0], end):
+        pte = table[row, idx]
+        if pte_none(L, pte):
+            continue
+        if not pte_present(L, pte):
+            at[0] = idx
+            return E_UNSUPPORTED
+        if as_kernel or pte & L.special:
+            continue
+        pfn = pte_pfn(L, pte)
+        page = page_index(M, pfn)
+        if page < 0 or not M.words[page] >> VALID_BIT_:
+            at[0] = idx
+            fail_pfn[0] = pfn
+            return E_NO_PAGE
+    return 0
+
+
+cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t *at, Py_ssize_t end,
+                                       bint batching, const pte_layout *L, const memmap *M, batch_scan *B,
+                                       int64_t *stats) except -1 nogil:
+    """Write-protect present entries idx..end, one at a time or batch by batch. Non-present entries are passed over."""
+    cdef Py_ssize_t idx = at[0], nr, page, head
+    cdef uint64_t pte, pfn, w
+    cdef bint write
+    while idx < end:
+        pte = table[row, idx]
+        stats[S_PTEP_GET] += 1
+        if not pte_present(L, pte):
+            stats[S_PTES_NONE] += pte_none(L, pte)
+            idx += 1
+            continue
+        nr = 1
+        write = pte_write(L, pte)
+        if batching and end - idx > 1 and not pte & L.special:
+            pfn = pte_pfn(L, pte)
+            page = page_index(M, pfn)
+            w = M.words[page] if page >= 0 else 0
+            if w >> VALID_BIT_ and word_order(w):
+                head = folio_head(M, page, pfn, w)
+                if head < 0:
+                    at[0] = idx
+                    return E_GEOMETRY
+                B.folio_end = head + (<Py_ssize_t>1 << word_order(w)) - page
+                B.any_write = 0
+                B.reads = 0
+                nr = folio_pte_batch(table, row, idx, pte, end - idx, L, B)
+                stats[S_PTEP_GET] += B.reads
+                write = write or B.any_write != 0
+        if write:
+            wrprotect_ptes(table, row, idx, nr, L)
+            stats[S_WRPROTECT_PTES] += 1
+            stats[S_PTES_WRPROTECTED] += nr
+        stats[N_STATS + nr] += 1
+        idx += nr
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entries. ptebatch.batch is the only caller and has checked dtypes, shapes, ranges and overlap.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef int fill(const uint64_t[::1] values, void *out, Py_ssize_t size) except -1:
+    if values.shape[0] * <Py_ssize_t>sizeof(uint64_t) != size:
+        raise ValueError(f"{values.shape[0]} fields given, {size // 8} expected")
+    memcpy(out, &values[0], size)
+    return 0
+
+
+cdef memmap view_memmap(uint64_t[::1] words, uint64_t[::1] aux, const int32_t[::1] top, const int32_t[::1] sub) except *:
+    cdef memmap M
+    if aux.shape[0] < words.shape[0]:
+        raise ValueError("aux is shorter than words")
+    M.nr_words = words.shape[0]
+    M.nr_top = top.shape[0]
+    M.nr_sub = sub.shape[0]
+    M.words = &words[0] if M.nr_words else NULL
+    M.aux = &aux[0] if M.nr_words else NULL
+    M.top = &top[0] if M.nr_top else NULL
+    M.sub = &sub[0] if M.nr_sub else NULL
+    return M
+
+
+cdef int check_stats(int64_t[::1] stats, Py_ssize_t nr_slots) except -1:
+    if stats.shape[0] < N_STATS + nr_slots + 1:
+        raise ValueError("stats is too short for this table")
+    return 0
+
+
+def py_folio_pte_batch(const uint64_t[:, ::1] table not None, Py_ssize_t idx, uint64_t pte, Py_ssize_t max_nr,
+                       Py_ssize_t folio_end, const uint64_t[::1] layout not None, bint respect_dirty,
+                       bint respect_soft_dirty, bint respect_write, bint clamp):
+    """(nr, any_writable, any_young, any_dirty, reads) of one table from idx."""
+    cdef pte_layout L
+    cdef batch_scan B
+    cdef Py_ssize_t nr
+    fill(layout, &L, sizeof(L))
+    if idx < 0 or max_nr < 1 or idx + max_nr > table.shape[1] or folio_end < 1:
+        raise ValueError("index out of range")
+    with nogil:
+        scan_rules(&L, &B, respect_dirty, respect_soft_dirty, respect_write)
+        B.folio_end = folio_end
+        B.clamp = clamp
+        nr = folio_pte_batch(table, 0, idx, pte, max_nr, &L, &B)
+    return nr, bool(B.any_write), bool(B.any_young), bool(B.any_dirty), B.reads
+
+
+def py_wrprotect_ptes(uint64_t[:, ::1] table not None, Py_ssize_t idx, Py_ssize_t nr,
+                      const uint64_t[::1] layout not None):
+    cdef pte_layout L
+    fill(layout, &L, sizeof(L))
+    if idx < 0 or nr < 1 or idx + nr > table.shape[1]:
+        raise ValueError("index out of range")
+    with nogil:
+        wrprotect_ptes(table, 0, idx, nr, &L)
+
+
+def py_set_ptes(uint64_t[:, ::1] table not None, Py_ssize_t idx, uint64_t pte, Py_ssize_t nr,
+                const uint64_t[::1] layout not None):
+    cdef pte_layout L
+    fill(layout, &L, sizeof(L))
+    if idx < 0 or nr < 1 or idx + nr > table.shape[1]:
+        raise ValueError("index out of range")
+    with nogil:
+        set_ptes(table, 0, idx, pte, nr, &L)
+
+
+def py_copy_present_ptes(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not None, Py_ssize_t idx,
+                         Py_ssize_t max_nr, const uint64_t[::1] layout not None, const uint64_t[::1] rules not None,
+                         uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
+                         const int32_t[::1] sub not None, int64_t[::1] rss not None, int64_t[::1] stats not None,
+                         object prealloc):
+    """(result, whether the preallocated page was used, failing PFN)"""
+    cdef pte_layout L
+    cdef copy_rules R
+    cdef batch_scan B
+    cdef walk W
+    cdef Py_ssize_t ret, nr_hist = src.shape[1] + 1
+    cdef memmap M = view_memmap(words, aux, top, sub)
+    cdef uint64_t pte
+    fill(layout, &L, sizeof(L))
+    fill(rules, &R, sizeof(R))
+    check_stats(stats, src.shape[1])
+    if idx < 0 or max_nr < 1 or idx + max_nr > src.shape[1] or dst.shape[1] != src.shape[1] or rss.shape[0] != 4:
+        raise ValueError("index out of range")
+    W.prealloc = NO_PFN if prealloc is None else prealloc
+    W.fail_pfn = NO_PFN
+    W.stats = &stats[0]
+    W.rss = &rss[0]
+    with nogil:
+        scan_rules(&L, &B, R.respect_dirty != 0, R.respect_soft_dirty != 0, False)
+        B.clamp = R.fpb_clamp != 0
+        pte = src[0, idx]
+        W.stats[S_PTEP_GET] += 1
+        if pte_none(&L, pte) or not pte_present(&L, pte):
+            ret = E_UNSUPPORTED
+        else:
+            ret = copy_present_ptes(dst, 0, src, 0, idx, pte, max_nr if R.batching else 1, &L, &R, &M, &B, &W)
+        derive_stats(W.stats, nr_hist)
+    return ret, prealloc is not None and W.prealloc == NO_PFN, W.fail_pfn
+
+
+def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not None, const int64_t[::1] vpns not None,
+                       Py_ssize_t dst_row, Py_ssize_t src_row, Py_ssize_t nr_rows, int64_t start, int64_t end,
+                       const uint64_t[::1] layout not None, const uint64_t[::1] rules not None,
+                       uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
+                       const int32_t[::1] sub not None, const uint64_t[::1] pool not None,
+                       int64_t[::1] rss not None, int64_t[::1] stats not None, int64_t[::1] state not None):
+    """Copy virtual pages start..end (page numbers) of nr_rows tables.
+
+    state is [row, idx, pages used of the pool]: where to go on after E_PREALLOC, and where the walk stopped.
+    Returns (0, -EHWPOISON or an E_ code; failing PFN).
+    """
+    cdef pte_layout L
+    cdef copy_rules R
+    cdef batch_scan B
+    cdef walk W
+    cdef Py_ssize_t ret = 0, row = state[0], at = state[1], used = state[2], stop, nr_hist = src.shape[1] + 1
+    cdef Py_ssize_t slots = src.shape[1]
+    cdef int64_t before
+    cdef memmap M = view_memmap(words, aux, top, sub)
+    fill(layout, &L, sizeof(L))
+    fill(rules, &R, sizeof(R))
+    check_stats(stats, slots)
+    if (dst.shape[1] != slots or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0 or dst_row < 0 or row < 0 or at < 0
+            or used < 0 or src_row + nr_rows > src.shape[0] or dst_row + nr_rows > dst.shape[0]
+            or vpns.shape[0] != src.shape[0]):
+        raise ValueError("rows out of range")
+    W.prealloc = NO_PFN
+    W.fail_pfn = NO_PFN
+    W.stats = &stats[0]
+    W.rss = &rss[0]
+    with nogil:
+        scan_rules(&L, &B, R.respect_dirty != 0, R.respect_soft_dirty != 0, False)
+        B.clamp = R.fpb_clamp != 0
+        before = main_loop_reads(W.stats, nr_hist)
+        while row < nr_rows:
+            if vpns[src_row + row] + at < start:
+                at = start - vpns[src_row + row]
+            stop = end - vpns[src_row + row]
+            if stop > slots:
+                stop = slots
+            ret = copy_pte_range(dst, dst_row + row, src, src_row + row, &at, stop, &L, &R, &M, &B, pool, &used, &W)
+            if ret:
+                break
+            at = 0
+            row += 1
+        W.stats[S_PTEP_GET] += main_loop_reads(W.stats, nr_hist) - before
+        derive_stats(W.stats, nr_hist)
+        state[0] = row
+        state[1] = at
+        state[2] = used
+    return ret, W.fail_pfn
+
+
+def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpns not None, Py_ssize_t first_row,
+                   Py_ssize_t nr_rows, int64_t start, int64_t end, const uint64_t[::1] layout not None,
+                   uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
+                   const int32_t[::1] sub not None, bint as_kernel):
+    """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy."""
+    cdef pte_layout L
+    cdef Py_ssize_t ret = 0, row, at = 0, stop, slots = table.shape[1]
+    cdef uint64_t fail_pfn = NO_PFN
+    cdef memmap M = view_memmap(words, aux, top, sub)
+    cdef int64_t where = 0
+    fill(layout, &L, sizeof(L))
+    if first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]:
+        raise ValueError("rows out of range")
+    with nogil:
+        for row in range(first_row, first_row + nr_rows):
+            at = start - vpns[row] if start > vpns[row] else 0
+            stop = end - vpns[row] if end - vpns[row] < slots else slots
+            ret = check_table(table, row, &at, stop, &L, &M, as_kernel, &fail_pfn)
+            if ret:
+                where = vpns[row] + at
+                break
+    return ret, where, fail_pfn
+
+
+def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns not None, Py_ssize_t first_row,
+                       Py_ssize_t nr_rows, int64_t start, int64_t end, bint batching, bint clamp,
+                       const uint64_t[::1] layout not None, uint64_t[::1] words not None, uint64_t[::1] aux not None,
+                       const int32_t[::1] top not None, const int32_t[::1] sub not None, int64_t[::1] stats not None):
+    """Write-protect virtual pages start..end; (0 or E_ code, virtual page number)."""
+    cdef pte_layout L
+    cdef batch_scan B
+    cdef Py_ssize_t ret = 0, row, at = 0, stop, slots = table.shape[1]
+    cdef memmap M = view_memmap(words, aux, top, sub)
+    cdef int64_t where = 0
+    fill(layout, &L, sizeof(L))
+    check_stats(stats, slots)
+    if first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]:
+        raise ValueError("rows out of range")
+    with nogil:
+        scan_rules(&L, &B, False, False, False)
+        B.clamp = clamp
+        for row in range(first_row, first_row + nr_rows):
+            at = start - vpns[row] if start > vpns[row] else 0
+            stop = end - vpns[row] if end - vpns[row] < slots else slots
+            ret = wrprotect_table(table, row, &at, stop, batching, &L, &M, &B, &stats[0])
+            if ret:
+                where = vpns[row] + at
+                break
+        derive_stats(&stats[0], slots + 1)
+        stats[S_SET_PTES] = stats[S_FOLIO_REF_ADD] = stats[S_RMAP_DUP] = 0
+    return ret, where
+
+
+HELPERS = ("pte_none", "pte_present", "pte_pfn", "pte_write", "pte_young", "pte_dirty", "pte_wrprotect", "pte_mkwrite",
+           "pte_mkwrite_shstk", "pte_mkclean", "pte_mkdirty", "pte_mkold", "pte_mkuffd_wp", "pte_clear_uffd_wp",
+           "pte_advance_pfn", "mk_pte")
+
+
+def py_apply_helper(int helper, const uint64_t[::1] values not None, uint64_t arg, uint64_t[::1] out not None,
+                    const uint64_t[::1] layout not None):
+    """One scalar helper over an array; `helper` indexes HELPERS. mk_pte takes PFNs as values and the prot as arg."""
+    cdef pte_layout L
+    cdef Py_ssize_t i
+    cdef uint64_t v
+    fill(layout, &L, sizeof(L))
+    if out.shape[0] != values.shape[0] or not 0 <= helper < 16:
+        raise ValueError("shapes differ or no such helper")
+    with nogil:
+        for i in range(values.shape[0]):
+            v = values[i]
+            if helper == 0:
+                v = pte_none(&L, v)
+            elif helper == 1:
+                v = pte_present(&L, v)
+            elif helper == 2:
+                v = pte_pfn(&L, v)
+            elif helper == 3:
+                v = pte_write(&L, v)
+            elif helper == 4:
+                v = pte_young(&L, v)
+            elif helper == 5:
+                v = pte_dirty(&L, v)
+            elif helper == 6:
+                v = pte_wrprotect(&L, v)
+            elif helper == 7:
+                v = pte_mkwrite(&L, v, False)
+            elif helper == 8:
+                v = pte_mkwrite(&L, v, True)
+            elif helper == 9:
+                v = pte_mkclean(&L, v)
+            elif helper == 10:
+                v = pte_mkdirty(&L, v)
+            elif helper == 11:
+                v = v & ~L.young
+            elif helper == 12:
+                v = pte_mkuffd_wp(&L, v)
+            elif helper == 13:
+                v = v & ~L.uffd_wp
+            elif helper == 14:
+                v = pte_advance_pfn(&L, v, arg)
+            else:
+                v = mk_pte(&L, v, arg)
+            out[i] = v

@@ -1,0 +1,334 @@
+"""The one door to the Cython core: checks, conversion, and kernel return codes made into values and exceptions.
+
+Same functions and signatures as :mod:`ptebatch.reference`, the plain-Python oracle; see there for the semantics and
+the kernel sources of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from ptebatch import _core, arch, checks, folio
+from ptebatch.arch import PteLayout
+from ptebatch.checks import BatchResult
+from ptebatch.errors import ArgumentError, PfnError, StateError, UnsupportedEntryError
+from ptebatch.folio import FolioTable
+from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma
+from ptebatch.semantics import (
+    FPB_IGNORE_DIRTY,
+    FPB_IGNORE_SOFT_DIRTY,
+    FPB_MERGE_WRITE,
+    FPB_MERGE_YOUNG_DIRTY,
+    FPB_RESPECT_DIRTY,
+    FPB_RESPECT_SOFT_DIRTY,
+    FPB_RESPECT_WRITE,
+    KernelSemantics,
+)
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+_disagreements = [name for name, value in _core.MEMMAP_CONSTANTS.items() if getattr(folio, name) != value]
+if _disagreements or _core.STAT_FIELDS != STAT_FIELDS:
+    raise ImportError(
+        f"the compiled core is of another version (STAT_FIELDS, {', '.join(_disagreements)}); rebuild it: make test"
+    )
+
+NO_PFN = (1 << 64) - 1
+MIN_POOL = 64
+HELPERS = {name: number for number, name in enumerate(_core.HELPERS)}
+
+
+@lru_cache(maxsize=64)
+def _layout_words(layout: PteLayout) -> U64:
+    return np.array([int(getattr(layout, name)) for name in _core.LAYOUT_FIELDS], dtype=np.uint64)
+
+
+@lru_cache(maxsize=64)
+def _configured(layout: PteLayout, semantics: KernelSemantics) -> PteLayout:
+    return layout.configured(semantics.config.mem_soft_dirty, semantics.config.x86_shstk)
+
+
+def soft_dirty_tracked(vma: Vma, semantics: KernelSemantics) -> bool:
+    """``vma_soft_dirty_enabled``: configured, and VM_SOFTDIRTY clear (its sense is inverted)."""
+    return semantics.config.mem_soft_dirty and not vma.vm_flags & arch.VM_SOFTDIRTY
+
+
+def _rule_words(ctx: ForkContext) -> U64:
+    src, dst, semantics = ctx.src_vma.vm_flags, ctx.dst_vma.vm_flags, ctx.semantics
+    prot = ctx.dst_vma.vm_page_prot
+    rules = {
+        "batching": ctx.batching and semantics.fork_batching,
+        "cow": arch.is_cow_mapping(src),
+        "shared": bool(src & arch.VM_SHARED),
+        "src_shadow_stack": bool(src & arch.VM_SHADOW_STACK),
+        "respect_dirty": not src & arch.VM_SHARED,
+        "respect_soft_dirty": soft_dirty_tracked(ctx.src_vma, semantics),
+        "fpb_clamp": semantics.fpb_clamp,
+        "dst_uffd_wp": bool(dst & arch.VM_UFFD_WP),
+        "dst_write": bool(dst & arch.VM_WRITE),
+        "dst_shadow_stack": bool(dst & arch.VM_SHADOW_STACK),
+        "dst_prot": arch.vm_get_page_prot(ctx.layout, dst) if prot is None else prot,
+        "has_pinned": ctx.has_pinned,
+        "large_mapcount": semantics.large_mapcount,
+        "mm_id": semantics.mm_id,
+        "page_mapcount": not semantics.config.no_page_mapcount,
+        "copy_mc": semantics.copy_mc,
+        "dst_mm_id": ctx.dst_mm_id,
+        "as_kernel": ctx.pfn_without_page == "as_kernel",
+    }
+    return np.array([int(rules[name]) for name in _core.RULE_FIELDS], dtype=np.uint64)
+
+
+def _memmap(folios: FolioTable) -> tuple[U64, U64, npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    return folios._words, folios._aux, folios._top, folios._sub
+
+
+def _raise(code: int, layout: PteLayout, entry: int, address: int | None, pfn: int) -> NoReturn:
+    where = "" if address is None else f" at address {address:#x}"
+    if code == _core.RESULTS["E_NO_PAGE"]:
+        raise PfnError(pfn=pfn, address=address)
+    if code == _core.RESULTS["E_UNSUPPORTED"]:
+        raise UnsupportedEntryError(address=address, kind=str(arch.decode(layout, entry)["kind"]))
+    if code == _core.RESULTS["E_OVERFLOW"]:
+        raise StateError(f"PFN {pfn:#x}{where}: its mapcount or its folio's refcount has reached the limit")
+    if code == _core.RESULTS["E_GEOMETRY"]:
+        raise StateError(f"PFN {pfn:#x}{where}: its folio is not whole in the FolioTable")
+    raise StateError(f"the core returned {code}{where}")
+
+
+def folio_pte_batch(
+    entries: U64,
+    idx: int,
+    max_nr: int,
+    *,
+    folios: FolioTable,
+    layout: PteLayout,
+    semantics: KernelSemantics,
+    flags: int = 0,
+    vm_flags: int = 0,
+    pte: int | None = None,
+) -> BatchResult:
+    """Count entries that map consecutive pages of one folio; see :func:`ptebatch.reference.folio_pte_batch`."""
+    checks.check_layout(layout)
+    checks.check_row("entries", entries, layout, writable=False)
+    idx = checks.check_idx(idx, layout)
+    max_nr = checks.check_nr("max_nr", max_nr, idx, layout)
+    flags = checks.check_flags(flags, semantics)
+    layout = _configured(layout, semantics)
+    first = int(entries[idx]) if pte is None else checks.check_u64("pte", pte)
+    if not arch.pte_present(layout, first):
+        raise ArgumentError(f"entry {first:#x} in slot {idx} is not present")
+    pfn = arch.pte_pfn(layout, first)
+    if pfn not in folios:
+        raise PfnError(pfn=pfn)
+    head = folios.page(pfn).folio
+    if semantics.fpb_respect:
+        respect = [bool(flags & bit) for bit in (FPB_RESPECT_DIRTY, FPB_RESPECT_SOFT_DIRTY, FPB_RESPECT_WRITE)]
+    else:
+        respect = [not flags & FPB_IGNORE_DIRTY, not flags & FPB_IGNORE_SOFT_DIRTY, False]
+    nr, any_writable, any_young, any_dirty, _ = _core.py_folio_pte_batch(
+        entries.reshape(1, -1), idx, first, max_nr, head.pfn + head.nr_pages - pfn, _layout_words(layout),
+        *respect, semantics.fpb_clamp,
+    )  # fmt: skip
+    if semantics.fpb_respect:
+        if flags & FPB_MERGE_WRITE and any_writable:
+            first = arch.pte_mkwrite(layout, first, vm_flags)
+        if flags & FPB_MERGE_YOUNG_DIRTY:
+            first = arch.pte_mkyoung(layout, first) if any_young else first
+            first = arch.pte_mkdirty(layout, first) if any_dirty else first
+    return BatchResult(nr, any_writable, any_young, any_dirty, first)
+
+
+def set_ptes(entries: U64, idx: int, pte: int, nr: int, *, layout: PteLayout) -> None:
+    """Set nr entries to consecutive pages; see :func:`ptebatch.reference.set_ptes`."""
+    checks.check_layout(layout)
+    checks.check_row("entries", entries, layout, writable=True)
+    idx = checks.check_idx(idx, layout)
+    nr = checks.check_nr("nr", nr, idx, layout)
+    pte = checks.check_u64("pte", pte)
+    checks.check_set_ptes(entries, idx, pte, nr, layout)
+    _core.py_set_ptes(entries.reshape(1, -1), idx, pte, nr, _layout_words(layout))
+
+
+def wrprotect_ptes(entries: U64, idx: int, nr: int, *, layout: PteLayout) -> None:
+    """Write-protect nr entries; see :func:`ptebatch.reference.wrprotect_ptes`."""
+    checks.check_layout(layout)
+    checks.check_row("entries", entries, layout, writable=True)
+    idx = checks.check_idx(idx, layout)
+    nr = checks.check_nr("nr", nr, idx, layout)
+    checks.check_wrprotect_ptes(entries, idx, nr, layout)
+    _core.py_wrprotect_ptes(entries.reshape(1, -1), idx, nr, _layout_words(layout))
+
+
+def _check_rows(ctx: ForkContext, dst: U64, src: U64, rss: I64, stats: I64) -> None:
+    checks.check_context(ctx)
+    checks.check_row("dst", dst, ctx.layout, writable=True)
+    checks.check_row("src", src, ctx.layout, writable=True)
+    checks.check_rss(rss)
+    checks.check_stats(stats, ctx.layout)
+    checks.check_no_overlap(dst=dst, src=src, rss=rss, stats=stats)
+
+
+def copy_present_ptes(
+    ctx: ForkContext, dst: U64, src: U64, idx: int, max_nr: int, rss: I64, prealloc: list[int], stats: I64
+) -> int:
+    """Copy one present entry or one batch; see :func:`ptebatch.reference.copy_present_ptes`."""
+    _check_rows(ctx, dst, src, rss, stats)
+    idx = checks.check_idx(idx, ctx.layout)
+    max_nr = checks.check_nr("max_nr", max_nr, idx, ctx.layout)
+    checks.check_prealloc(prealloc)
+    ctx.folios._ensure_sections(prealloc)
+    ret, used, pfn = _core.py_copy_present_ptes(
+        dst.reshape(1, -1), src.reshape(1, -1), idx, max_nr, _layout_words(ctx.layout), _rule_words(ctx),
+        *_memmap(ctx.folios), rss, stats, prealloc[0] if prealloc else None,
+    )  # fmt: skip
+    if used:
+        ctx.folios._page_used(prealloc.pop())
+    if ret <= min(_core.RESULTS.values()) or ret in _core.RESULTS.values():
+        _raise(ret, ctx.layout, int(src[idx]), None, pfn)
+    return int(ret)
+
+
+def _copy(
+    ctx: ForkContext,
+    dst: U64,
+    src: U64,
+    vpns: I64,
+    rows: tuple[int, int, int],
+    start: int,
+    end: int,
+    rss: I64,
+    stats: I64,
+) -> int:
+    """Drive the core's walk of pages start..end, with more preallocated pages whenever it runs out of them."""
+    layout, rules = _layout_words(ctx.layout), _rule_words(ctx)
+    dst_row, src_row, nr_rows = rows
+    state = np.zeros(3, dtype=np.int64)
+    pool = np.empty(0, dtype=np.uint64)
+    while True:
+        try:
+            ret, pfn = _core.py_copy_page_range(
+                dst, src, vpns, dst_row, src_row, nr_rows, start, end, layout, rules, *_memmap(ctx.folios), pool,
+                rss, stats, state,
+            )  # fmt: skip
+        finally:
+            ctx.folios._pages_used(pool[: state[2]])
+        if ret != _core.RESULTS["E_PREALLOC"]:
+            break
+        pool = ctx.folios.reserve(max(MIN_POOL, 2 * len(pool)))
+        state[2] = 0
+    if ret in _core.RESULTS.values():
+        row, idx = src_row + int(state[0]), int(state[1])
+        address = (int(vpns[row]) + idx) << ctx.layout.page_shift
+        _raise(ret, ctx.layout, int(src[row, idx]), address, pfn)
+    return int(ret)
+
+
+def copy_pte_range(ctx: ForkContext, dst: U64, src: U64, idx: int, end: int, rss: I64, stats: I64) -> int:
+    """Copy slots idx..end of one table; see :func:`ptebatch.reference.copy_pte_range`."""
+    _check_rows(ctx, dst, src, rss, stats)
+    idx, end = checks.check_span(idx, end, ctx.layout)
+    vpns = np.zeros(1, dtype=np.int64)
+    return _copy(ctx, dst.reshape(1, -1), src.reshape(1, -1), vpns, (0, 0, 1), idx, end, rss, stats)
+
+
+def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64) -> int:
+    """Copy all tables of a VMA in one call of the core; see :func:`ptebatch.reference.copy_page_range`."""
+    checks.check_context(ctx)
+    checks.check_stats(stats, ctx.layout)
+    checks.check_array("src_mm.entries", src_mm.entries, np.uint64, (len(src_mm.vpns), ctx.layout.ptrs_per_pte), True)
+    checks.check_array("dst_mm.entries", dst_mm.entries, np.uint64, (len(dst_mm.vpns), ctx.layout.ptrs_per_pte), True)
+    checks.check_no_overlap(dst_entries=dst_mm.entries, src_entries=src_mm.entries, stats=stats, rss=dst_mm.rss)
+    vma, shift = ctx.src_vma, ctx.layout.page_shift
+    first, last = src_mm.rows(vma.start, vma.end)
+    dst_first, dst_last = dst_mm.rows(vma.start, vma.end)
+    if not np.array_equal(src_mm.vpns[first:last], dst_mm.vpns[dst_first:dst_last]):
+        raise ArgumentError(f"dst_mm lacks tables that src_mm has in {vma.start:#x}-{vma.end:#x}")
+    rows = (dst_first, first, last - first)
+    return _copy(
+        ctx, dst_mm.entries, src_mm.entries, src_mm.vpns, rows, vma.start >> shift, vma.end >> shift, dst_mm.rss, stats
+    )
+
+
+def check_range(mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str) -> None:
+    """The read-only pass before a fork; see :func:`ptebatch.reference.check_range`."""
+    checks.check_pfn_without_page(pfn_without_page)
+    checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), False)
+    layout, memmap = _layout_words(mm.layout), _memmap(mm.folios)
+    shift = mm.layout.page_shift
+    for vma in vmas:
+        first, last = mm.rows(vma.start, vma.end)
+        ret, vpn, pfn = _core.py_check_range(
+            mm.entries, mm.vpns, first, last - first, vma.start >> shift, vma.end >> shift, layout, *memmap,
+            pfn_without_page == "as_kernel",
+        )  # fmt: skip
+        if ret:
+            _raise(ret, mm.layout, mm.pte(vpn << shift), vpn << shift, pfn)
+
+
+def wrprotect_range(
+    mm: Mm, start: int, end: int, *, semantics: KernelSemantics, batching: bool, stats: I64
+) -> None:
+    """Write-protect every present entry of start..end; see :func:`ptebatch.reference.wrprotect_range`."""
+    start, end = checks.check_range_bounds(mm, start, end)
+    checks.check_batching(batching, semantics)
+    checks.check_stats(stats, mm.layout)
+    checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), True)
+    checks.check_no_overlap(entries=mm.entries, stats=stats)
+    layout = _configured(mm.layout, semantics)
+    shift = layout.page_shift
+    first, last = mm.rows(start, end)
+    ret, vpn = _core.py_wrprotect_range(
+        mm.entries, mm.vpns, first, last - first, start >> shift, end >> shift, batching, semantics.fpb_clamp,
+        _layout_words(layout), *_memmap(mm.folios), stats,
+    )  # fmt: skip
+    if ret:
+        entry = mm.pte(vpn << shift)
+        _raise(ret, layout, entry, vpn << shift, arch.pte_pfn(layout, entry))
+
+
+def apply_helper(layout: PteLayout, name: str, values: U64, arg: int = 0) -> U64:
+    """One of the core's own ``pte_*`` helpers over an array, for comparing it with :mod:`ptebatch.arch`.
+
+    Parameters
+    ----------
+    layout : PteLayout
+    name : str
+        One of ``HELPERS``.
+    values : numpy.ndarray
+        uint64[n]: entries (PFNs for ``mk_pte``).
+    arg : int
+        n for ``pte_advance_pfn``, the protection for ``mk_pte``.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint64[n]; predicates as 0 and 1.
+    """
+    checks.check_layout(layout)
+    if name not in HELPERS:
+        raise ArgumentError(f"no helper {name!r}; there are {', '.join(HELPERS)}")
+    checks.check_array("values", values, np.uint64, None, False)
+    out = np.empty_like(values)
+    _core.py_apply_helper(HELPERS[name], values, checks.check_u64("arg", arg), out, _layout_words(layout))
+    return out
+
+
+__all__: list[Any] = [
+    "BatchResult",
+    "apply_helper",
+    "check_range",
+    "copy_page_range",
+    "copy_present_ptes",
+    "copy_pte_range",
+    "folio_pte_batch",
+    "set_ptes",
+    "wrprotect_ptes",
+    "wrprotect_range",
+]

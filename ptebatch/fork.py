@@ -1,0 +1,292 @@
+"""fork() of a whole address space: the order and the VMA rules of ``dup_mmap`` (kernel/fork.c, mm/mmap.c).
+
+The copying itself is ``copy_page_range`` of :mod:`ptebatch.batch` (the Cython core) or :mod:`ptebatch.reference` (plain
+Python); this module decides which VMAs it runs on and gives the child its page tables.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ptebatch import arch
+from ptebatch.errors import ArgumentError, ForkError, UnsupportedEntryError
+from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma, new_stats
+from ptebatch.protect import resolve_batching, resolve_impl
+from ptebatch.semantics import LATEST, KernelSemantics
+
+VM_UFFD_FLAGS = arch.VM_UFFD_MISSING | arch.VM_UFFD_WP | arch.VM_UFFD_MINOR
+VM_LOCKED_FLAGS = arch.VM_LOCKED | arch.VM_LOCKONFAULT
+
+
+@dataclass(frozen=True)
+class ForkStats:
+    """What one fork did, in counts; the same for every implementation.
+
+    Attributes
+    ----------
+    vmas_copied, vmas_skipped : int
+        VMAs whose entries were copied; VMAs for which ``vma_needs_copy`` said no, or VM_DONTCOPY or VM_WIPEONFORK.
+    tables_allocated : int
+        Page tables of the child (each counted once, also where VMAs share it).
+    ptes_none, ptes_present : int
+        Entries passed over; entries copied.
+    ptes_single, ptes_batched : int
+        Present entries copied alone; entries copied in batches of two or more.
+    batches : int
+        Successful calls of ``copy_present_ptes``, those with nr == 1 included.
+    folio_ref_add, rmap_dup : int
+        Operations on folio reference counts and on the rmap, one per batch of normal pages.
+    ptep_get : int
+        Entries read: by the walk, and by the scan of ``folio_pte_batch`` including the one that ends it.
+    wrprotect_ptes, ptes_wrprotected : int
+        Calls, and the entries they covered in the parent.
+    set_ptes : int
+        Calls, one per batch, in the child.
+    eagain_rounds, copied_pages : int
+        -EAGAIN rounds for a preallocated page; pages copied early because they may be pinned.
+    anon_exclusive_cleared : int
+        Pages whose PG_anon_exclusive was cleared.
+    special_ptes : int
+        Entries without a normal page (zero page, PFN mappings).
+    batch_hist : numpy.ndarray
+        int64[ptrs_per_pte + 1]: batches by nr.
+    """
+
+    vmas_copied: int
+    vmas_skipped: int
+    tables_allocated: int
+    ptes_none: int
+    ptes_present: int
+    ptes_single: int
+    ptes_batched: int
+    batches: int
+    folio_ref_add: int
+    rmap_dup: int
+    ptep_get: int
+    wrprotect_ptes: int
+    ptes_wrprotected: int
+    set_ptes: int
+    eagain_rounds: int
+    copied_pages: int
+    anon_exclusive_cleared: int
+    special_ptes: int
+    batch_hist: npt.NDArray[np.int64]
+
+    @classmethod
+    def from_array(cls, stats: npt.NDArray[np.int64]) -> ForkStats:
+        """Read the counters of a stats array (:func:`ptebatch.mm.new_stats`)."""
+        n = len(STAT_FIELDS)
+        return cls(*(int(value) for value in stats[:n]), batch_hist=stats[n:].copy())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counters as plain ints; ``batch_hist`` as {nr: batches}, zeros left out."""
+        counters: dict[str, Any] = {name: getattr(self, name) for name in STAT_FIELDS}
+        counters["batch_hist"] = {str(nr): int(self.batch_hist[nr]) for nr in np.flatnonzero(self.batch_hist)}
+        return counters
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ForkStats) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+if tuple(field.name for field in fields(ForkStats))[:-1] != STAT_FIELDS:
+    raise ImportError("ForkStats and ptebatch.mm.STAT_FIELDS name different counters")
+
+
+@dataclass(frozen=True)
+class ForkResult:
+    """The child a fork made, what it did, and what there is to say about it."""
+
+    child: Mm
+    stats: ForkStats
+    semantics: KernelSemantics
+    batching: bool
+    notes: tuple[str, ...] = ()
+
+
+def vma_needs_copy(dst_vma: Vma, src_vma: Vma, semantics: KernelSemantics) -> bool:
+    """Whether fork copies the entries of a VMA (mm/memory.c ``vma_needs_copy``).
+
+    A VMA without anonymous pages is filled by faults in the child instead; 6.19 (``vm_maybe_guard``) adds guard
+    regions to the reasons for copying and asks the child's flags for all of them.
+    """
+    if dst_vma.vm_flags & arch.VM_UFFD_WP:
+        return True
+    if src_vma.vm_flags & (arch.VM_PFNMAP | arch.VM_MIXEDMAP):
+        return True
+    if semantics.vm_maybe_guard and dst_vma.vm_flags & arch.VM_MAYBE_GUARD:
+        return True
+    return src_vma.anon_vma
+
+
+def dup_vma(vma: Vma) -> Vma:
+    """The child's VMA: uffd flags go unless the userfaultfd reports forks, locked flags always do."""
+    drop = VM_LOCKED_FLAGS | (0 if vma.uffd_event_fork else VM_UFFD_FLAGS)
+    wiped = bool(vma.vm_flags & arch.VM_WIPEONFORK)
+    return replace(
+        vma,
+        vm_flags=vma.vm_flags & ~drop,
+        anon_vma=vma.anon_vma and not wiped,
+        uffd_event_fork=vma.uffd_event_fork,
+    )
+
+
+class ForkPlan:
+    """A fork with its allocations made: the child's VMAs and page tables exist, nothing is copied yet.
+
+    ``run()`` is the part of fork that a benchmark times: the read-only pass over the PFNs and the walk of all tables.
+
+    Parameters
+    ----------
+    mm : Mm
+        The parent. ``run()`` changes its entries and the memmap as fork does.
+    semantics, batching, impl, pfn_without_page
+        See :func:`fork`.
+    keep : bool
+        Remember the state before the fork, so that ``reset()`` can bring it back.
+    """
+
+    def __init__(
+        self,
+        mm: Mm,
+        *,
+        semantics: KernelSemantics = LATEST,
+        batching: bool | None = None,
+        impl: str = "core",
+        pfn_without_page: Literal["error", "as_kernel"] = "error",
+        keep: bool = False,
+    ) -> None:
+        if pfn_without_page not in ("error", "as_kernel"):
+            raise ArgumentError(f"pfn_without_page={pfn_without_page!r}: choose 'error' or 'as_kernel'")
+        mm.validate()
+        self.mm = mm
+        self.semantics = semantics
+        self.batching = resolve_batching(semantics, batching)
+        self.impl = resolve_impl(impl)
+        self.pfn_without_page: Literal["error", "as_kernel"] = pfn_without_page
+        self._saved = (mm.entries.copy(), mm.folios.copy()) if keep else None
+
+        layout = mm.layout.configured(
+            mem_soft_dirty=semantics.config.mem_soft_dirty, shstk=semantics.config.x86_shstk
+        )
+        vmas: list[Vma] = []
+        self.contexts: list[ForkContext] = []
+        self._skipped = 0
+        mm_id = mm.folios.new_mm_id()
+        rows = np.zeros(len(mm.vpns), dtype=bool)
+        for src_vma in mm.vmas:
+            if src_vma.vm_flags & arch.VM_DONTCOPY:
+                self._skipped += 1
+                continue
+            dst_vma = dup_vma(src_vma)
+            vmas.append(dst_vma)
+            if src_vma.vm_flags & arch.VM_WIPEONFORK or not vma_needs_copy(dst_vma, src_vma, semantics):
+                self._skipped += 1
+                continue
+            if src_vma.vm_ops == "hugetlb":
+                raise UnsupportedEntryError(f"{src_vma.start:#x}: a hugetlb VMA, which fork does not model yet")
+            leaf = mm.first_pmd_leaf(src_vma.start, src_vma.end)
+            if leaf is not None:
+                raise UnsupportedEntryError(f"{leaf:#x}: a PMD leaf, which fork does not model yet")
+            self.contexts.append(
+                ForkContext(
+                    layout=layout,
+                    semantics=semantics,
+                    folios=mm.folios,
+                    src_vma=src_vma,
+                    dst_vma=dst_vma,
+                    batching=self.batching,
+                    has_pinned=mm.has_pinned,
+                    dst_mm_id=mm_id,
+                    pfn_without_page=pfn_without_page,
+                )
+            )
+            first, last = mm.rows(src_vma.start, src_vma.end)
+            rows[first:last] = True
+        self._vpns = mm.vpns[rows].copy()
+        self.child = Mm(mm.layout, mm.folios, vmas=vmas, vpns=self._vpns, mm_id=mm_id, name=mm.name)
+
+    def run(self) -> ForkStats:
+        """Copy. Raises before anything changes if an entry cannot be copied.
+
+        Raises
+        ------
+        PfnError, UnsupportedEntryError
+            An entry whose PFN has no page, or of a kind that is not modelled; nothing was changed.
+        ForkError
+            The fork failed as the kernel's does (``errno`` is ENOMEM).
+        """
+        self.impl.check_range(self.mm, [c.src_vma for c in self.contexts], pfn_without_page=self.pfn_without_page)
+        stats = new_stats(self.mm.layout)
+        counts = dict(zip(STAT_FIELDS, range(len(STAT_FIELDS)), strict=True))
+        stats[counts["vmas_skipped"]] = self._skipped
+        stats[counts["tables_allocated"]] = len(self._vpns)
+        for context in self.contexts:
+            stats[counts["vmas_copied"]] += 1
+            ret = self.impl.copy_page_range(context, self.child, self.mm, stats)
+            if ret:
+                raise ForkError(
+                    f"fork failed copying {context.src_vma.start:#x}-{context.src_vma.end:#x}: "
+                    f"{errno.errorcode.get(-ret, ret)} becomes ENOMEM",
+                    errno=errno.ENOMEM,
+                )
+        return ForkStats.from_array(stats)
+
+    def reset(self) -> None:
+        """Bring parent, memmap and child back to what they were before ``run()`` (needs ``keep=True``)."""
+        if self._saved is None:
+            raise ArgumentError("reset() needs a ForkPlan made with keep=True")
+        entries, folios = self._saved
+        self.mm.entries[...] = entries
+        self.mm.folios.assign(folios)
+        self.child.entries[...] = self.mm.layout.none_value
+        self.child.rss[...] = 0
+
+
+def fork(
+    mm: Mm,
+    *,
+    semantics: KernelSemantics = LATEST,
+    batching: bool | None = None,
+    impl: str = "core",
+    pfn_without_page: Literal["error", "as_kernel"] = "error",
+) -> ForkResult:
+    """Fork an address space: ``dup_mmap`` over its VMAs, ``copy_page_range`` over their page tables.
+
+    Parameters
+    ----------
+    mm : Mm
+        The parent; its entries and its FolioTable are changed as the kernel changes them.
+    semantics : KernelSemantics
+        The kernel version to be exact for.
+    batching : bool, optional
+        None follows the semantics; False copies one PTE at a time under the same semantics; True on a kernel that
+        does not batch is an error.
+    impl : {"core", "reference"}
+        The Cython core, or the plain-Python oracle.
+    pfn_without_page : {"error", "as_kernel"}
+        A present, non-special entry whose PFN has no page: an error, or what the kernel does (copied without counts).
+
+    Returns
+    -------
+    ForkResult
+        The child (sharing the parent's FolioTable) and what was done.
+
+    Raises
+    ------
+    PfnError, UnsupportedEntryError
+        Before anything is changed.
+    SemanticsError
+        ``batching=True`` under an unbatched preset.
+    ForkError
+        The kernel's fork would have failed too.
+    """
+    plan = ForkPlan(mm, semantics=semantics, batching=batching, impl=impl, pfn_without_page=pfn_without_page)
+    stats = plan.run()
+    return ForkResult(plan.child, stats, semantics, plan.batching)

@@ -1,0 +1,38 @@
+"""Fixtures and Hypothesis profiles shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import ptebatch._core
+from ptebatch import batch, reference
+
+if not ptebatch._core.__file__.endswith((".so", ".pyd")):
+    raise RuntimeError(f"the Cython core is not compiled: {ptebatch._core.__file__}")
+
+IMPLS = {"core": batch, "reference": reference}
+
+# `full` differential cases are a multiple of these examples: see tests/test_differential.py.
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("small", max_examples=20, **_COMMON)
+settings.register_profile("default", max_examples=100, **_COMMON)
+settings.register_profile("ci", max_examples=500, derandomize=False, print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(params=sorted(IMPLS))
+def impl(request: pytest.FixtureRequest):
+    """Every behaviour test runs on the core and on the reference: the module of that name."""
+    return IMPLS[request.param]
+
+
+@pytest.fixture(params=sorted(IMPLS))
+def impl_name(request: pytest.FixtureRequest) -> str:
+    """The value for ``impl=`` arguments."""
+    return request.param

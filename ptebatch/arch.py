@@ -341,6 +341,11 @@ def pte_special(layout: PteLayout, v: int) -> bool:
     return v & layout.special != 0
 
 
+def _inverted(layout: PteLayout, v: int) -> bool:
+    # __pte_needs_invert(): an entry (or protection) that is not empty and that the hardware ignores.
+    return v != 0 and not v & layout.valid
+
+
 # --- changes ----------------------------------------------------------------------------------------------------------
 def _mksaveddirty(layout: PteLayout, v: int) -> int:
     # pte_mksaveddirty(): not writable and Dirty -> SavedDirty, whatever the CPU can do. A no-op before v6.6.
@@ -473,7 +478,7 @@ def pfn_pte(layout: PteLayout, pfn: int, prot: int) -> int:
     """
     prot = _unsigned(prot, 64, "a protection")
     v = _unsigned(pfn, 64 - layout.pfn_shift, "a PFN") << layout.pfn_shift
-    if prot and not prot & layout.valid:
+    if _inverted(layout, prot):
         v = ~v
     return v & layout.pfn_mask | prot
 
@@ -490,7 +495,7 @@ def pte_modify(layout: PteLayout, v: int, prot: int) -> int:
     v = _u64(v)
     prot = _unsigned(prot, 64, "a protection")
     new = v & layout.chg_mask | prot & ~layout.chg_mask
-    if (v and not v & layout.valid) != (new and not new & layout.valid):
+    if _inverted(layout, v) != _inverted(layout, new):
         new ^= layout.pfn_mask
     if v & layout.write:
         return _mksaveddirty(layout, new)

@@ -120,6 +120,7 @@ class ForkError(PtebatchError):
     """
 
     def __init__(self, message: str = "", errno: int = _errno.ENOMEM) -> None:
-        name = _errno.errorcode.get(errno, str(errno))
+        # Python's errno module has no EHWPOISON.
+        name = "EHWPOISON" if errno == 133 else _errno.errorcode.get(errno, str(errno))
         super().__init__(message or f"fork failed with {name}: {_os.strerror(errno)}")
         self.errno = errno

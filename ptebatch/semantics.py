@@ -11,7 +11,6 @@ import gzip
 import os
 import platform
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +28,11 @@ FPB_MERGE_YOUNG_DIRTY = 16
 
 
 class Switch(NamedTuple):
-    """Where a behaviour comes from: commit, first release with it, and one line on what it does."""
+    """Where a behaviour comes from.
+
+    `commit` is the mainline hash, or the patch's message-id where the hash is not known; `since` is the first release
+    x.y.0 that has it.
+    """
 
     commit: str
     since: str
@@ -37,27 +40,27 @@ class Switch(NamedTuple):
 
 
 SWITCHES: dict[str, Switch] = {
-    "saved_dirty": Switch("fd5439e0c97b", "v6.6", "x86 keeps Dirty of read-only entries in bit 58"),
+    "saved_dirty": Switch("bb3aadf7d446", "v6.6", "x86 keeps Dirty of read-only entries in bit 58"),
     "fork_batching": Switch("f8d937761d65", "v6.9", "fork copies batches of PTEs of one large folio"),
     "zap_batching": Switch("10ebac4f95e7", "v6.9", "unmapping clears batches of PTEs of one large folio"),
-    "any_young_dirty": Switch("", "v6.10", "folio_pte_batch() reports any_young and any_dirty"),
-    "large_mapcount": Switch("", "v6.10", "large folios count all their mappings in _large_mapcount"),
-    "copy_mc": Switch("", "v6.12", "copying a pinned page survives a memory error and returns -EHWPOISON"),
+    "any_young_dirty": Switch("96ebdb032096", "v6.10", "folio_pte_batch() reports any_young and any_dirty"),
+    "large_mapcount": Switch("05c5323b2a34", "v6.10", "large folios count all their mappings in _large_mapcount"),
+    "copy_mc": Switch("658be46520ce", "v6.12", "copying a pinned page survives a memory error: -EHWPOISON"),
     "special_pmd": Switch("bc02afbd4d73", "v6.12", "fork copies special (PFNMAP) PMDs"),
     "guard_markers": Switch("7c53dfbdb024", "v6.13", "guard markers exist and are copied to the child"),
-    "fpb_clamp": Switch("7b08b74f3d99", "v6.15", "folio_pte_batch() clamps max_nr to the folio before scanning"),
+    "fpb_clamp": Switch("7b08b74f3d99", "v6.15", "folio_pte_batch() clamps max_nr to the folio before it scans"),
     "mm_id": Switch("6af8cb80d3a9", "v6.15", "large folios track two owning mms and whether they are shared"),
-    "fpb_respect": Switch("", "v6.17", "folio_pte_batch() flags say what to respect and what to merge"),
-    "vm_maybe_guard": Switch("", "v6.19", "guard regions set VM_MAYBE_GUARD, which makes fork copy the VMA"),
+    "fpb_respect": Switch("e66d7a4f55f4", "v6.17", "folio_pte_batch() flags say what to respect and what to merge"),
+    "vm_maybe_guard": Switch("ab04b530e7e8", "v6.19", "VM_MAYBE_GUARD marks guarded VMAs and makes fork copy them"),
 }
-"""Every switch, oldest first."""
+"""Every on/off switch, oldest first."""
 
 LARGE_REUSE: dict[str, Switch] = {
-    "refcount": Switch("", "v6.1", "a write fault reuses a page of a large anon folio if the folio's refcount is 1"),
-    "never": Switch("", "v6.9", "a write fault always copies from a shared large anon folio"),
-    "mm_id": Switch("", "v6.15", "a write fault reuses if the MM-ID slots say the folio is exclusive"),
+    "refcount": Switch("", "v6.6", "a write fault reuses a page of a large anon folio if the folio's refcount is 1"),
+    "never": Switch("20240308085653.124180-1-21cnbao@gmail.com", "v6.9", "a write fault always copies"),
+    "mm_id": Switch("1da190f4d0a6", "v6.15", "a write fault reuses a page if the MM-ID slots show no other owner"),
 }
-"""Values of the `large_reuse` switch."""
+"""Values of the `large_reuse` switch, oldest first. The first is older than every preset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +118,27 @@ class KernelSemantics:
         needs = (
             (self.mm_id, "mm_id", self.large_mapcount, "large_mapcount"),
             (self.large_reuse == "mm_id", "large_reuse=mm_id", self.mm_id, "mm_id"),
-            (self.fpb_respect, "fpb_respect", self.fpb_clamp, "fpb_clamp"),
             (self.config.no_page_mapcount, "no_page_mapcount", self.mm_id, "mm_id"),
         )
         for has, what, other, needed in needs:
             if has and not other:
-                raise SemanticsError(f"{what} needs {needed}: set {needed} too, or leave {what} off")
+                raise SemanticsError(f"{what} needs {needed}=on: set that too, or change {what}")
 
     @property
     def switches(self) -> dict[str, bool | str]:
         """Every switch and its value, `large_reuse` included."""
         return {name: getattr(self, name) for name in (*SWITCHES, "large_reuse")}
+
+    @property
+    def label(self) -> str:
+        """The preset's name, and every switch that differs from it.
+
+        >>> V6_18.replace(mm_id=False, large_reuse="never").label
+        'v6.18 mm_id=off large_reuse=never'
+        """
+        preset = PRESETS[self.version].switches
+        own = ((k, v) for k, v in self.switches.items() if v != preset[k])
+        return " ".join([self.version, *(f"{k}={('off', 'on')[v] if isinstance(v, bool) else v}" for k, v in own)])
 
     def replace(self, *, config: KernelConfig | None = None, **switches: bool | str) -> KernelSemantics:
         """Return a copy with some switches or configuration options set.
@@ -133,6 +146,7 @@ class KernelSemantics:
         Parameters
         ----------
         config : KernelConfig, optional
+            In place of this one's.
         **switches : bool or str
             Names of `SWITCHES` or of `KernelConfig`'s fields, each True, False, "on" or "off"; and `large_reuse`.
 
@@ -199,8 +213,7 @@ V6_19 = _preset(19)
 LATEST = V6_19
 
 PRESETS: dict[str, KernelSemantics] = {
-    s.version: s
-    for s in (V6_6, V6_7, V6_8, V6_9, V6_10, V6_11, V6_12, V6_13, V6_14, V6_15, V6_16, V6_17, V6_18, V6_19)
+    s.version: s for s in (V6_6, V6_7, V6_8, V6_9, V6_10, V6_11, V6_12, V6_13, V6_14, V6_15, V6_16, V6_17, V6_18, V6_19)
 }
 
 
@@ -216,8 +229,12 @@ def get(version: str) -> KernelSemantics:
         raise SemanticsError(f"no preset {version!r}; the presets are {', '.join(PRESETS)}") from None
 
 
-# Stable releases that carry a later switch: (6, minor) -> switch -> first patch level with it.
-BACKPORTS: dict[int, dict[str, int]] = {}
+BACKPORTS: dict[str, dict[str, int]] = {
+    "v6.12": {"fpb_clamp": 29},
+    "v6.14": {"fpb_clamp": 7},
+    "v6.18": {"vm_maybe_guard": 37},
+}
+"""Switches that stable releases took over later: preset -> switch -> first patch level that has it."""
 
 
 def running(
@@ -253,12 +270,14 @@ def running(
             notes.append(f"kernel {release} is newer than every preset: nearest {semantics.version}")
         else:
             semantics = get(f"v6.{minor}")
-            late = [name for name, first in BACKPORTS.get(minor, {}).items() if patch >= first]
+            late: list[str] = [name for name, first in BACKPORTS.get(semantics.version, {}).items() if patch >= first]
             if late:
-                semantics = semantics.replace(**dict.fromkeys(late, True))
+                semantics = replace(semantics, **dict.fromkeys(late, True))
                 notes.append(f"kernel {release}: {semantics.version} with backported {', '.join(late)}")
         if semantics.inferred:
             notes.append(f"{semantics.version} is inferred from the releases around it")
+        if not re.fullmatch(r"[\d.]+(-rc\d+)?", release):
+            notes.append(f"kernel {release} is a vendor's build: patches of its own are not known")
     config, more = _running_config(release, Path(proc), Path(boot))
     if config.no_page_mapcount and not semantics.mm_id:
         config = replace(config, no_page_mapcount=False)
@@ -304,13 +323,3 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def describe(semantics: KernelSemantics) -> Mapping[str, Any]:
-    """Return version, switches and configuration as plain data, for reports."""
-    return {
-        "version": semantics.version,
-        "inferred": semantics.inferred,
-        **semantics.switches,
-        **{name: getattr(semantics.config, name) for name in _OPTIONS},
-    }

@@ -270,9 +270,11 @@ def running(
             notes.append(f"kernel {release} is newer than every preset: nearest {semantics.version}")
         else:
             semantics = get(f"v6.{minor}")
-            late: list[str] = [name for name, first in BACKPORTS.get(semantics.version, {}).items() if patch >= first]
+            late: dict[str, Any] = {
+                name: True for name, first in BACKPORTS.get(semantics.version, {}).items() if patch >= first
+            }
             if late:
-                semantics = replace(semantics, **dict.fromkeys(late, True))
+                semantics = replace(semantics, **late)
                 notes.append(f"kernel {release}: {semantics.version} with backported {', '.join(late)}")
         if semantics.inferred:
             notes.append(f"{semantics.version} is inferred from the releases around it")

@@ -13,8 +13,8 @@ import numpy as np
 
 from ptebatch import arch
 from ptebatch.arch import PteLayout
-from ptebatch.errors import ArgumentError, ReadOnlyError, SemanticsError
-from ptebatch.mm import STAT_FIELDS, ForkContext, Mm
+from ptebatch.errors import ArgumentError, ReadOnlyError, SemanticsError, UnsupportedEntryError
+from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma
 
 U64_MAX = (1 << 64) - 1
 MAX_PFN = (1 << 40) - 1
@@ -179,6 +179,24 @@ def check_flags(flags: Any, semantics: Any) -> int:
     if number < 0 or number & ~known:
         raise ArgumentError(f"flags has bits that {semantics.version} does not know (known: {known:#x})")
     return number
+
+
+def check_mms(**mms: Any) -> None:
+    """Each an Mm."""
+    for name, mm in mms.items():
+        if not isinstance(mm, Mm):
+            raise ArgumentError(f"{name} must be an Mm, not {type(mm).__name__}")
+
+
+def refuse_large_leaves(mm: Mm, vma: Vma) -> None:
+    """Hugetlb mappings and PMD leaves are not modelled yet: an UnsupportedEntryError names the first in a VMA."""
+    if vma.vm_flags & arch.VM_HUGETLB or vma.vm_ops == "hugetlb":
+        raise UnsupportedEntryError(address=vma.start, kind="hugetlb mapping")
+    shift = mm.layout.page_shift
+    for vpn, pmd in zip(mm.pmd_vpns.tolist(), mm.pmd_entries.tolist(), strict=True):
+        overlaps = vpn << shift < vma.end and vma.start < (vpn + mm.layout.ptrs_per_pte) << shift
+        if overlaps and not arch.pte_none(mm.layout, pmd):
+            raise UnsupportedEntryError(address=max(vpn << shift, vma.start), kind="PMD leaf")
 
 
 def check_range_bounds(mm: Any, start: Any, end: Any) -> tuple[int, int]:

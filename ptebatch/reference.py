@@ -1,0 +1,857 @@
+"""Fork's PTE copy in plain Python ints and loops: the oracle for the compiled core.
+
+Same functions, same signatures and same errors as `ptebatch.batch`, written from the specification alone.  Nothing
+here is fast.  Read it from top to bottom to learn what the kernel does:
+
+1. `folio_pte_batch` counts how many entries in a row map consecutive pages of one folio;
+2. `copy_present_ptes` takes references for that many pages, write-protects the parent, sets the child;
+3. `copy_pte_range` does this for one page table, `copy_page_range` for all tables of a VMA;
+4. `check_range` looks for what cannot be copied before anything is written;
+5. `wrprotect_range` uses the same batches for write-protection alone.
+
+Modelled: mm/internal.h, mm/memory.c, include/linux/rmap.h and include/linux/pgtable.h, v6.6 to v6.19; each
+function says which.  What differs between releases is a switch of `ptebatch.semantics.KernelSemantics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from errno import EAGAIN, EHWPOISON, ENOMEM
+from typing import Any
+
+import numpy as np
+
+from ptebatch import arch, checks
+from ptebatch.arch import PteLayout
+from ptebatch.checks import BatchResult
+from ptebatch.errors import ArgumentError, PfnError, StateError, UnsupportedEntryError
+from ptebatch.folio import Folio, FolioTable
+from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, STAT_FIELDS, ForkContext, Mm, Vma
+from ptebatch.semantics import (
+    FPB_IGNORE_DIRTY,
+    FPB_IGNORE_SOFT_DIRTY,
+    FPB_MERGE_WRITE,
+    FPB_MERGE_YOUNG_DIRTY,
+    FPB_RESPECT_DIRTY,
+    FPB_RESPECT_SOFT_DIRTY,
+    FPB_RESPECT_WRITE,
+    KernelSemantics,
+)
+
+__all__ = [
+    "BatchResult",
+    "apply_helper",
+    "check_range",
+    "copy_page_range",
+    "copy_present_ptes",
+    "copy_pte_range",
+    "folio_pte_batch",
+    "set_ptes",
+    "wrprotect_ptes",
+    "wrprotect_range",
+]
+
+MAX_MAPCOUNT = (1 << 24) - 1
+MAX_COUNTER = (1 << 26) - 1
+
+_STAT = {name: position for position, name in enumerate(STAT_FIELDS)}
+
+
+def _count(stats: np.ndarray, name: str, by: int = 1) -> None:
+    stats[_STAT[name]] += by
+
+
+def _count_batch(stats: np.ndarray, nr: int) -> None:
+    _count(stats, "ptes_present", nr)
+    _count(stats, "ptes_single" if nr == 1 else "ptes_batched", nr)
+    _count(stats, "batches")
+    stats[len(STAT_FIELDS) + nr] += 1
+
+
+# --- folio_pte_batch --------------------------------------------------------------------------------------------------
+
+
+def folio_pte_batch(
+    entries: np.ndarray,
+    idx: int,
+    max_nr: int,
+    *,
+    folios: FolioTable,
+    layout: PteLayout,
+    semantics: KernelSemantics,
+    flags: int = 0,
+    vm_flags: int = 0,
+    pte: int | None = None,
+) -> BatchResult:
+    """Count the entries from `idx` on that map consecutive pages of one folio and agree in all bits not ignored.
+
+    Parameters
+    ----------
+    entries : ndarray of uint64, shape (ptrs_per_pte,)
+        One page table; read only.
+    idx : int
+        Slot of the first entry.
+    max_nr : int
+        Most entries to look at, at least 1; must not run past the table (nor, the caller's business, the VMA).
+    folios : FolioTable
+        Says how far the folio reaches.
+    layout, semantics
+        Architecture and kernel version.
+    flags : int
+        FPB_IGNORE_* before v6.17 (``semantics.fpb_respect`` off), FPB_RESPECT_* and FPB_MERGE_* since.
+    vm_flags : int
+        Of the VMA; FPB_MERGE_WRITE makes the entry writable in this VMA's way.
+    pte : int, optional
+        Value of the first entry as the caller read it; read from the table when left out.
+
+    Returns
+    -------
+    BatchResult
+
+    Raises
+    ------
+    ArgumentError
+        A bad argument, or a first entry that is not present.
+    PfnError
+        The first entry's PFN has no page.
+
+    Notes
+    -----
+    ``folio_pte_batch()`` in mm/memory.c (v6.9) and mm/internal.h (v6.10 to v6.16), ``folio_pte_batch_flags()`` in
+    mm/internal.h (v6.17+).
+    """
+    layout = checks.check_layout(layout)
+    entries = checks.check_row("entries", entries, layout, writable=False)
+    idx = checks.check_idx(idx, layout)
+    max_nr = checks.check_nr("max_nr", max_nr, idx, layout)
+    flags = checks.check_flags(flags, semantics)
+    vm_flags = checks.check_u64("vm_flags", vm_flags)
+    layout = _configured(layout, semantics)
+    value = int(entries[idx]) if pte is None else checks.check_u64("pte", pte)
+    if not arch.pte_present(layout, value):
+        raise ArgumentError(f"pte {value:#x} is not present; a batch starts at a present entry")
+    pfn = arch.pte_pfn(layout, value)
+    if pfn not in folios:
+        raise PfnError(pfn=pfn)
+    folio = folios.page(pfn).folio
+    return _folio_pte_batch(entries, idx, value, max_nr, folio, layout, semantics, flags, vm_flags)[0]
+
+
+def _configured(layout: PteLayout, semantics: KernelSemantics) -> PteLayout:
+    return layout.configured(semantics.config.mem_soft_dirty, semantics.config.x86_shstk)
+
+
+def _folio_pte_batch(
+    entries: np.ndarray,
+    idx: int,
+    pte: int,
+    max_nr: int,
+    folio: Folio,
+    layout: PteLayout,
+    semantics: KernelSemantics,
+    flags: int,
+    vm_flags: int,
+) -> tuple[BatchResult, int]:
+    """Return the batch and how many entries were read to find it."""
+    limit = min(max_nr, folio.pfn + folio.nr_pages - arch.pte_pfn(layout, pte))
+    any_writable = any_young = any_dirty = False
+    expected = arch.pte_next_pfn(layout, _normalise(layout, semantics, flags, pte))
+    nr = 1
+    reads = 0
+    while nr < limit:
+        cur = int(entries[idx + nr])
+        reads += 1
+        if _normalise(layout, semantics, flags, cur) != expected:
+            break
+        any_writable |= arch.pte_write(layout, cur)
+        any_young |= arch.pte_young(layout, cur)
+        any_dirty |= arch.pte_dirty(layout, cur)
+        expected = arch.pte_next_pfn(layout, expected)
+        nr += 1
+    if not semantics.fpb_clamp and nr == limit < max_nr:
+        reads += 1  # before the clamp the folio's end was noticed only on the entry behind it
+
+    merged = pte
+    if semantics.fpb_respect:
+        if flags & FPB_MERGE_WRITE and any_writable:
+            merged = arch.pte_mkwrite(layout, merged, vm_flags)
+        if flags & FPB_MERGE_YOUNG_DIRTY and any_young:
+            merged = arch.pte_mkyoung(layout, merged)
+        if flags & FPB_MERGE_YOUNG_DIRTY and any_dirty:
+            merged = arch.pte_mkdirty(layout, merged)
+    return BatchResult(nr, any_writable, any_young, any_dirty, merged), reads
+
+
+def _normalise(layout: PteLayout, semantics: KernelSemantics, flags: int, v: int) -> int:
+    """Remove from an entry what the comparison ignores (``__pte_batch_clear_ignored``); young always."""
+    if semantics.fpb_respect:
+        ignore_dirty = not flags & FPB_RESPECT_DIRTY
+        ignore_soft_dirty = not flags & FPB_RESPECT_SOFT_DIRTY
+        ignore_write = not flags & FPB_RESPECT_WRITE
+    else:
+        ignore_dirty = bool(flags & FPB_IGNORE_DIRTY)
+        ignore_soft_dirty = bool(flags & FPB_IGNORE_SOFT_DIRTY)
+        ignore_write = True
+    if ignore_dirty:
+        v = arch.pte_mkclean(layout, v)
+    if ignore_soft_dirty:
+        v = arch.pte_clear_soft_dirty(layout, v)
+    if ignore_write:
+        v = arch.pte_wrprotect(layout, v)
+    return arch.pte_mkold(layout, v)
+
+
+# --- set_ptes, wrprotect_ptes -----------------------------------------------------------------------------------------
+
+
+def set_ptes(entries: np.ndarray, idx: int, pte: int, nr: int, *, layout: PteLayout) -> None:
+    """Set `nr` slots to `pte`, the PFN advancing by one from slot to slot.
+
+    Parameters
+    ----------
+    entries : ndarray of uint64, shape (ptrs_per_pte,)
+        One page table; written.
+    idx : int
+        First slot.
+    pte : int
+        Value of the first slot.
+    nr : int
+        Number of slots. With more than one, `pte` must be present and the slots must not be.
+    layout : PteLayout
+
+    Raises
+    ------
+    ArgumentError
+        A bad argument or a broken contract; nothing is written then.
+
+    Notes
+    -----
+    ``set_ptes()``, include/linux/pgtable.h, v6.6 to v6.19.
+    """
+    layout = checks.check_layout(layout)
+    entries = checks.check_row("entries", entries, layout, writable=True)
+    idx = checks.check_idx(idx, layout)
+    nr = checks.check_nr("nr", nr, idx, layout)
+    pte = checks.check_u64("pte", pte)
+    checks.check_set_ptes(entries, idx, pte, nr, layout)
+    _set_ptes(entries, idx, pte, nr, layout)
+
+
+def _set_ptes(entries: np.ndarray, idx: int, pte: int, nr: int, layout: PteLayout) -> None:
+    for k in range(nr):
+        entries[idx + k] = arch.pte_advance_pfn(layout, pte, k)
+
+
+def wrprotect_ptes(entries: np.ndarray, idx: int, nr: int, *, layout: PteLayout) -> None:
+    """Write-protect `nr` entries, each on its own.
+
+    Parameters
+    ----------
+    entries : ndarray of uint64, shape (ptrs_per_pte,)
+        One page table; written.
+    idx : int
+        First slot.
+    nr : int
+        Number of slots. All must be present and map consecutive pages of one folio; other bits may differ.
+    layout : PteLayout
+
+    Raises
+    ------
+    ArgumentError
+        A bad argument or a broken contract; nothing is written then.
+
+    Notes
+    -----
+    ``wrprotect_ptes()``, include/linux/pgtable.h, v6.9+.
+    """
+    layout = checks.check_layout(layout)
+    entries = checks.check_row("entries", entries, layout, writable=True)
+    idx = checks.check_idx(idx, layout)
+    nr = checks.check_nr("nr", nr, idx, layout)
+    checks.check_wrprotect_ptes(entries, idx, nr, layout)
+    _wrprotect_ptes(entries, idx, nr, layout)
+
+
+def _wrprotect_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> None:
+    for slot in range(idx, idx + nr):
+        entries[slot] = arch.pte_wrprotect(layout, int(entries[slot]))
+
+
+# --- copy_present_ptes ------------------------------------------------------------------------------------------------
+
+
+def copy_present_ptes(
+    ctx: ForkContext,
+    dst: np.ndarray,
+    src: np.ndarray,
+    idx: int,
+    max_nr: int,
+    rss: np.ndarray,
+    prealloc: list[int],
+    stats: np.ndarray,
+) -> int:
+    """Copy the present entry at `idx` and, where they form a batch with it, the entries behind it.
+
+    Parameters
+    ----------
+    ctx : ForkContext
+        Everything that stays the same over a VMA; its folios are written.
+    dst, src : ndarray of uint64, shape (ptrs_per_pte,)
+        The child's and the parent's table; both written.
+    idx : int
+        Slot in both.
+    max_nr : int
+        Entries left in VMA and table, at least 1.
+    rss : ndarray of int64, shape (4,)
+        Pages mapped by the child are added here, by kind.
+    prealloc : list of int
+        ``[]``, or ``[pfn]`` of a free page to copy into; emptied when the page is used.
+    stats : ndarray of int64
+        From `ptebatch.mm.new_stats`; added to. The read of the first entry is the caller's to count.
+
+    Returns
+    -------
+    int
+        Number of entries copied, at least 1; or -EAGAIN: call again with a page in `prealloc`; or -EHWPOISON: the
+        page to copy is poisoned. After an error nothing has changed.
+
+    Raises
+    ------
+    ArgumentError, PfnError, UnsupportedEntryError
+        A bad argument; a PFN without a page; an entry that is not present.
+    StateError
+        A count would leave its range; nothing has changed.
+
+    Notes
+    -----
+    ``copy_present_ptes()``, mm/memory.c, v6.9+; ``copy_present_pte()`` before.
+    """
+    ctx = checks.check_context(ctx)
+    dst = checks.check_row("dst", dst, ctx.layout, writable=True)
+    src = checks.check_row("src", src, ctx.layout, writable=True)
+    idx = checks.check_idx(idx, ctx.layout)
+    max_nr = checks.check_nr("max_nr", max_nr, idx, ctx.layout)
+    rss = checks.check_rss(rss)
+    prealloc = checks.check_prealloc(prealloc)
+    stats = checks.check_stats(stats, ctx.layout)
+    checks.check_no_overlap(dst=dst, src=src, rss=rss, stats=stats)
+    pte = int(src[idx])
+    if arch.pte_none(ctx.layout, pte):
+        raise ArgumentError(f"slot {idx} of src is empty; copy_present_ptes needs a present entry")
+    if not arch.pte_present(ctx.layout, pte):
+        raise _unsupported(ctx.layout, pte, None)
+    return _copy_present_ptes(ctx, dst, src, idx, pte, max_nr, rss, prealloc, stats, None)
+
+
+def _copy_present_ptes(
+    ctx: ForkContext,
+    dst: np.ndarray,
+    src: np.ndarray,
+    idx: int,
+    pte: int,
+    max_nr: int,
+    rss: np.ndarray,
+    prealloc: list[int],
+    stats: np.ndarray,
+    addr: int | None,
+) -> int:
+    layout, semantics, folios = ctx.layout, ctx.semantics, ctx.folios
+    pfn = arch.pte_pfn(layout, pte)
+
+    if not _vm_normal_page(folios, layout, pte, ctx.pfn_without_page, addr):
+        # Zero page, device memory: the entry is copied, but there is nothing to count.
+        _count(stats, "special_ptes")
+        _copy_entries(ctx, dst, src, idx, pte, 1, stats)
+        return 1
+
+    folio = folios.page(pfn).folio
+    anon = folio.anon
+
+    if _batching(ctx) and not prealloc and folio.order > 0 and max_nr > 1:
+        flags = _fork_batch_flags(ctx)
+        vm_flags = ctx.src_vma.vm_flags
+        batch, reads = _folio_pte_batch(src, idx, pte, max_nr, folio, layout, semantics, flags, vm_flags)
+        _count(stats, "ptep_get", reads)
+        nr = batch.nr
+        _check_room(ctx, folio, pfn, nr, addr)
+        folio.refcount += nr
+        if anon and not _try_dup_anon_rmap(ctx, folio, pfn, nr):
+            folio.refcount -= nr
+            return -EAGAIN
+        if not anon:
+            _dup_rmap(ctx, folio, pfn, nr)
+        # v6.17+ merged the write bit into batch.pte; before, it is done here. The result is the same.
+        pte = arch.pte_mkwrite(layout, pte, vm_flags) if batch.any_writable else pte
+    else:
+        nr = 1
+        _check_room(ctx, folio, pfn, 1, addr)
+        folio.refcount += 1
+        if anon and not _try_dup_anon_rmap(ctx, folio, pfn, 1):
+            folio.refcount -= 1
+            return _copy_present_page(ctx, dst, idx, pte, rss, prealloc, stats)
+        if not anon:
+            _dup_rmap(ctx, folio, pfn, 1)
+
+    _count(stats, "folio_ref_add")
+    _count(stats, "rmap_dup")
+    rss[_mm_counter(folio)] += nr
+    _copy_entries(ctx, dst, src, idx, pte, nr, stats)
+    return nr
+
+
+def _batching(ctx: ForkContext) -> bool:
+    return ctx.batching and ctx.semantics.fork_batching
+
+
+def _vm_normal_page(
+    folios: FolioTable, layout: PteLayout, pte: int, pfn_without_page: str, addr: int | None
+) -> bool:
+    """Tell whether a present entry maps a page that is counted (``vm_normal_page()``, mm/memory.c, pte_special)."""
+    if arch.pte_special(layout, pte):
+        return False
+    pfn = arch.pte_pfn(layout, pte)
+    if pfn in folios:
+        return True
+    if pfn_without_page == "error":
+        raise PfnError(pfn=pfn, address=addr)
+    return False  # the kernel complains and goes on
+
+
+def _fork_batch_flags(ctx: ForkContext) -> int:
+    """Return the flags with which fork asks for a batch.
+
+    Dirty matters in private mappings, soft-dirty where it is tracked, write never.
+    """
+    vm_flags = ctx.src_vma.vm_flags
+    private = not vm_flags & arch.VM_SHARED
+    # vma_soft_dirty_enabled(), mm/internal.h: tracking starts when clear_refs takes the flag away.
+    soft_dirty_tracked = ctx.semantics.config.mem_soft_dirty and not vm_flags & arch.VM_SOFTDIRTY
+    if ctx.semantics.fpb_respect:
+        flags = FPB_MERGE_WRITE
+        flags |= FPB_RESPECT_DIRTY if private else 0
+        flags |= FPB_RESPECT_SOFT_DIRTY if soft_dirty_tracked else 0
+    else:
+        flags = 0 if private else FPB_IGNORE_DIRTY
+        flags |= 0 if soft_dirty_tracked else FPB_IGNORE_SOFT_DIRTY
+    return flags
+
+
+def _mm_counter(folio: Folio) -> int:
+    """Return which rss counter a folio belongs to (``mm_counter()``, include/linux/mm.h)."""
+    if folio.anon:
+        return MM_ANONPAGES
+    return MM_SHMEMPAGES if folio.swapbacked else MM_FILEPAGES
+
+
+def _copy_entries(
+    ctx: ForkContext, dst: np.ndarray, src: np.ndarray, idx: int, pte: int, nr: int, stats: np.ndarray
+) -> None:
+    """Write-protect the parent's entries and set the child's, all of which derive from `pte`.
+
+    ``__copy_present_ptes()``, mm/memory.c, v6.9+.
+    """
+    layout = ctx.layout
+    if arch.is_cow_mapping(ctx.src_vma.vm_flags) and arch.pte_write(layout, pte):
+        _wrprotect_ptes(src, idx, nr, layout)
+        _count(stats, "wrprotect_ptes")
+        _count(stats, "ptes_wrprotected", nr)
+        pte = arch.pte_wrprotect(layout, pte)
+    if ctx.src_vma.vm_flags & arch.VM_SHARED:
+        pte = arch.pte_mkclean(layout, pte)
+    pte = arch.pte_mkold(layout, pte)
+    if not ctx.dst_vma.vm_flags & arch.VM_UFFD_WP:
+        pte = arch.pte_clear_uffd_wp(layout, pte)
+    _set_ptes(dst, idx, pte, nr, layout)
+    _count(stats, "set_ptes")
+    _count_batch(stats, nr)
+
+
+def _copy_present_page(
+    ctx: ForkContext, dst: np.ndarray, idx: int, pte: int, rss: np.ndarray, prealloc: list[int], stats: np.ndarray
+) -> int:
+    """Give the child a page of its own, because the parent's may be pinned (``copy_present_page()``, mm/memory.c).
+
+    The parent keeps page, entry and exclusivity.
+    """
+    layout = ctx.layout
+    if not prealloc:
+        return -EAGAIN
+    if ctx.semantics.copy_mc and ctx.folios.page(arch.pte_pfn(layout, pte)).hwpoison:
+        return -EHWPOISON
+    new_pfn = prealloc[0]
+    ctx.folios.add(new_pfn, 0, anon=True, refcount=1, mapcount=1, anon_exclusive=True)
+    prealloc.clear()
+    rss[MM_ANONPAGES] += 1
+
+    new = arch.mk_pte(layout, new_pfn, _vm_page_prot(layout, ctx.dst_vma))
+    new = arch.pte_mkdirty(layout, new)
+    if ctx.dst_vma.vm_flags & arch.VM_WRITE:
+        new = arch.pte_mkwrite(layout, new, ctx.dst_vma.vm_flags)
+    if ctx.dst_vma.vm_flags & arch.VM_UFFD_WP and arch.pte_uffd_wp(layout, pte):
+        new = arch.pte_mkuffd_wp(layout, new)
+    _set_ptes(dst, idx, new, 1, layout)
+    _count(stats, "copied_pages")
+    _count(stats, "set_ptes")
+    _count_batch(stats, 1)
+    return 1
+
+
+def _vm_page_prot(layout: PteLayout, vma: Vma) -> int:
+    return arch.vm_get_page_prot(layout, vma.vm_flags) if vma.vm_page_prot is None else vma.vm_page_prot
+
+
+# --- rmap -------------------------------------------------------------------------------------------------------------
+
+
+def _check_room(ctx: ForkContext, folio: Folio, pfn: int, nr: int, addr: int | None) -> None:
+    """Refuse counts that would leave their range, before any of them changes."""
+    room = folio.refcount + nr <= MAX_COUNTER
+    if _page_mapcounts(ctx, folio):
+        room &= all(ctx.folios.page(pfn + k).mapcount + 1 <= MAX_MAPCOUNT for k in range(nr))
+    if folio.order > 0 and ctx.semantics.large_mapcount:
+        room &= folio.large_mapcount + nr <= MAX_COUNTER
+    if not room:
+        where = "" if addr is None else f" at address {addr:#x}"
+        raise StateError(f"PFN {pfn:#x}{where}: its mapcount or its folio's refcount has reached the limit")
+
+
+def _page_mapcounts(ctx: ForkContext, folio: Folio) -> bool:
+    """Tell whether each page of the folio counts its own mappings."""
+    return folio.order == 0 or not ctx.semantics.config.no_page_mapcount
+
+
+def _tracks_mm_ids(ctx: ForkContext, folio: Folio) -> bool:
+    return ctx.semantics.mm_id and folio.order > 0 and not folio.hugetlb
+
+
+def _try_dup_anon_rmap(ctx: ForkContext, folio: Folio, pfn: int, nr: int) -> bool:
+    """Share `nr` pages with the child, unless one of them is exclusive and may be pinned; then change nothing.
+
+    ``folio_try_dup_anon_rmap_ptes()``, include/linux/rmap.h, v6.8+.  The caller has taken its references already, and
+    a small folio is judged by its refcount, so they take part.
+    """
+    pages = [ctx.folios.page(pfn + k) for k in range(nr)]
+    maybe_pinned = not folio.device and ctx.has_pinned and folio.maybe_dma_pinned
+    if maybe_pinned and any(page.anon_exclusive for page in pages):
+        return False
+    for page in pages:
+        page.anon_exclusive = False
+    _dup_rmap(ctx, folio, pfn, nr)
+    return True
+
+
+def _dup_rmap(ctx: ForkContext, folio: Folio, pfn: int, nr: int) -> None:
+    """Count `nr` more mappings (``folio_dup_file_rmap_ptes()``, include/linux/rmap.h, v6.8+)."""
+    if _page_mapcounts(ctx, folio):
+        for k in range(nr):
+            ctx.folios.page(pfn + k).mapcount += 1
+    if folio.order > 0 and ctx.semantics.large_mapcount:
+        folio.large_mapcount += nr
+    if _tracks_mm_ids(ctx, folio):
+        _add_mm_id(folio, ctx.dst_mm_id, nr)
+
+
+def _add_mm_id(folio: Folio, mm_id: int, nr: int) -> None:
+    """Note that `mm_id` has `nr` more mappings; two mms are told apart, any further one is not.
+
+    ``folio_add_return_large_mapcount()``, include/linux/rmap.h, v6.15+.  The total already includes the `nr`.
+    """
+    (id0, count0), (id1, count1) = folio.mm_ids
+    if id0 == mm_id:
+        folio.set_mm_ids(((id0, count0 + nr), (id1, count1)))
+    elif id1 == mm_id:
+        folio.set_mm_ids(((id0, count0), (id1, count1 + nr)))
+    elif id0 == 0:
+        folio.set_mm_ids(((mm_id, nr), (id1, count1)))
+        if folio.large_mapcount != nr:
+            folio.maybe_mapped_shared = True
+    elif id1 == 0:
+        folio.set_mm_ids(((id0, count0), (mm_id, nr)))
+        folio.maybe_mapped_shared = True
+
+
+# --- walkers ----------------------------------------------------------------------------------------------------------
+
+
+def copy_pte_range(
+    ctx: ForkContext, dst: np.ndarray, src: np.ndarray, idx: int, end: int, rss: np.ndarray, stats: np.ndarray
+) -> int:
+    """Copy the slots ``idx..end`` (end exclusive) of one page table.
+
+    Parameters
+    ----------
+    ctx : ForkContext
+        Its folios are written: counted, and new pages come from them.
+    dst, src : ndarray of uint64, shape (ptrs_per_pte,)
+        The child's and the parent's table; both written.
+    idx, end : int
+        Slots, all within the VMA.
+    rss : ndarray of int64, shape (4,)
+        Added to, also when the call fails midway.
+    stats : ndarray of int64
+        Added to.
+
+    Returns
+    -------
+    int
+        0 or -EHWPOISON; what was copied before the failing slot stays copied.
+
+    Raises
+    ------
+    PfnError, UnsupportedEntryError, StateError
+        As `copy_present_ptes`; what was copied before stays copied. `check_range` finds the first two beforehand.
+
+    Notes
+    -----
+    ``copy_pte_range()``, mm/memory.c, v6.6 to v6.19.
+    """
+    ctx = checks.check_context(ctx)
+    dst = checks.check_row("dst", dst, ctx.layout, writable=True)
+    src = checks.check_row("src", src, ctx.layout, writable=True)
+    idx, end = checks.check_span(idx, end, ctx.layout)
+    rss = checks.check_rss(rss)
+    stats = checks.check_stats(stats, ctx.layout)
+    checks.check_no_overlap(dst=dst, src=src, rss=rss, stats=stats)
+    return _copy_pte_range(ctx, dst, src, idx, end, rss, stats, None)
+
+
+def _copy_pte_range(
+    ctx: ForkContext,
+    dst: np.ndarray,
+    src: np.ndarray,
+    idx: int,
+    end: int,
+    rss: np.ndarray,
+    stats: np.ndarray,
+    table_addr: int | None,
+) -> int:
+    prealloc: list[int] = []
+    while idx < end:
+        addr = None if table_addr is None else table_addr + (idx << ctx.layout.page_shift)
+        pte = int(src[idx])
+        _count(stats, "ptep_get")
+        if arch.pte_none(ctx.layout, pte):
+            _count(stats, "ptes_none")
+            idx += 1
+            continue
+        if not arch.pte_present(ctx.layout, pte):
+            raise _unsupported(ctx.layout, pte, addr)
+        ret = _copy_present_ptes(ctx, dst, src, idx, pte, end - idx, rss, prealloc, stats, addr)
+        if ret == -EAGAIN:
+            # Drop the locks, allocate a page, come back to the same entry; it is then copied alone.
+            _count(stats, "eagain_rounds")
+            prealloc = ctx.folios.reserve(1).tolist()
+            continue
+        if ret < 0:
+            return ret
+        prealloc = []  # for one address only: if unused, it is free again
+        idx += ret
+    return 0
+
+
+def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: np.ndarray) -> int:
+    """Copy all entries of ``ctx.src_vma``, page table by page table.
+
+    Parameters
+    ----------
+    ctx : ForkContext
+        The VMA and what stays the same over it; whether it needs copying at all was the caller's to decide.
+    dst_mm : Mm
+        The child; must have a row for every table of `src_mm` that overlaps the VMA. Its entries and rss are written.
+    src_mm : Mm
+        The parent; its entries are written.
+    stats : ndarray of int64
+        Added to.
+
+    Returns
+    -------
+    int
+        0 or -ENOMEM, to which the kernel collapses every failure of a table; the child is then incomplete.
+
+    Raises
+    ------
+    PfnError, UnsupportedEntryError, StateError
+        As `copy_pte_range`; and for a row the child lacks.
+
+    Notes
+    -----
+    ``copy_page_range()`` down to ``copy_pmd_range()``, mm/memory.c, v6.6 to v6.19.
+    """
+    ctx = checks.check_context(ctx)
+    checks.check_mms(dst_mm=dst_mm, src_mm=src_mm)
+    stats = checks.check_stats(stats, ctx.layout)
+    checks.check_no_overlap(dst_entries=dst_mm.entries, src_entries=src_mm.entries, stats=stats, rss=dst_mm.rss)
+    vma = ctx.src_vma
+    checks.refuse_large_leaves(src_mm, vma)
+    tables = list(_tables(src_mm, vma.start, vma.end))
+    child_row = {vpn << ctx.layout.page_shift: row for row, vpn in enumerate(dst_mm.vpns.tolist())}
+    for _, table_addr, _, _ in tables:
+        if table_addr not in child_row:
+            raise StateError(f"the child has no page table for address {table_addr:#x}; add it before copying")
+    for row, table_addr, idx, end in tables:
+        dst, src = dst_mm.entries[child_row[table_addr]], src_mm.entries[row]
+        if _copy_pte_range(ctx, dst, src, idx, end, dst_mm.rss, stats, table_addr):
+            return -ENOMEM
+    return 0
+
+
+def check_range(mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str = "error") -> None:
+    """Look for entries that cannot be copied; change nothing.
+
+    Parameters
+    ----------
+    mm : Mm
+    vmas : iterable of Vma
+        Those that will be copied.
+    pfn_without_page : {"error", "as_kernel"}
+        Whether a PFN without a page is an error, or passed over as the kernel would.
+
+    Raises
+    ------
+    UnsupportedEntryError
+        A swap-type entry, a PMD leaf or a hugetlb mapping; names address and kind.
+    PfnError
+        A present entry, not special, whose PFN has no page; names PFN and address.
+    """
+    pfn_without_page = checks.check_pfn_without_page(pfn_without_page)
+    for vma in vmas:
+        checks.refuse_large_leaves(mm, vma)
+        for row, table_addr, idx, end in _tables(mm, vma.start, vma.end):
+            for slot in range(idx, end):
+                pte = int(mm.entries[row, slot])
+                addr = table_addr + (slot << mm.layout.page_shift)
+                if arch.pte_none(mm.layout, pte):
+                    continue
+                if not arch.pte_present(mm.layout, pte):
+                    raise _unsupported(mm.layout, pte, addr)
+                _vm_normal_page(mm.folios, mm.layout, pte, pfn_without_page, addr)
+
+
+def _unsupported(layout: PteLayout, pte: int, addr: int | None) -> UnsupportedEntryError:
+    return UnsupportedEntryError(address=addr, kind=str(arch.decode(layout, pte)["kind"]))
+
+
+def _tables(mm: Mm, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (row, address of its slot 0, first slot, end slot) for every table with slots in ``start..end``."""
+    shift, ptrs = mm.layout.page_shift, mm.layout.ptrs_per_pte
+    first_vpn, end_vpn = start >> shift, end >> shift
+    for row, vpn in enumerate(mm.vpns.tolist()):
+        idx, stop = max(first_vpn - vpn, 0), min(end_vpn - vpn, ptrs)
+        if idx < stop:
+            yield row, vpn << shift, idx, stop
+
+
+# --- write-protection on its own --------------------------------------------------------------------------------------
+
+
+def wrprotect_range(
+    mm: Mm, start: int, end: int, *, semantics: KernelSemantics, batching: bool, stats: np.ndarray
+) -> None:
+    """Write-protect every present entry in ``start..end``, entry by entry or batch by batch.
+
+    Parameters
+    ----------
+    mm : Mm
+        Its entries are written; nothing is counted in its folios.
+    start, end : int
+        Byte addresses, multiples of the page size.
+    semantics : KernelSemantics
+        How batches are compared.
+    batching : bool
+        False: every writable entry alone. True: `folio_pte_batch` ignoring dirty, soft-dirty and write, then one
+        `wrprotect_ptes` for the batch if any entry of it is writable.
+    stats : ndarray of int64
+        Added to: ptes_none, ptes_present, ptes_single, ptes_batched, batches and its histogram, ptep_get,
+        wrprotect_ptes, ptes_wrprotected, and when batching special_ptes. Other non-present entries are only read.
+
+    Raises
+    ------
+    ArgumentError, SemanticsError
+        A bad argument; batching asked of a kernel that does not.
+    """
+    start, end = checks.check_range_bounds(mm, start, end)
+    batching = checks.check_batching(batching, semantics)
+    stats = checks.check_stats(stats, mm.layout)
+    layout = _configured(mm.layout, semantics)
+    for vma in mm.vmas:
+        for row, _, idx, stop in _tables(mm, max(start, vma.start), min(end, vma.end)):
+            _wrprotect_pte_range(layout, mm, mm.entries[row], idx, stop, semantics, batching, stats, vma.vm_flags)
+
+
+def _wrprotect_pte_range(
+    layout: PteLayout,
+    mm: Mm,
+    entries: np.ndarray,
+    idx: int,
+    end: int,
+    semantics: KernelSemantics,
+    batching: bool,
+    stats: np.ndarray,
+    vm_flags: int,
+) -> None:
+    flags = 0 if semantics.fpb_respect else FPB_IGNORE_DIRTY | FPB_IGNORE_SOFT_DIRTY
+    while idx < end:
+        pte = int(entries[idx])
+        _count(stats, "ptep_get")
+        nr = 1
+        if arch.pte_none(layout, pte):
+            _count(stats, "ptes_none")
+        elif arch.pte_present(layout, pte):
+            writable = arch.pte_write(layout, pte)
+            if batching and not _vm_normal_page(mm.folios, layout, pte, "as_kernel", None):
+                _count(stats, "special_ptes")
+            elif batching:
+                folio = mm.folios.page(arch.pte_pfn(layout, pte)).folio
+                if folio.order > 0 and end - idx > 1:
+                    batch, reads = _folio_pte_batch(
+                        entries, idx, pte, end - idx, folio, layout, semantics, flags, vm_flags
+                    )
+                    _count(stats, "ptep_get", reads)
+                    nr = batch.nr
+                    writable |= batch.any_writable
+            if writable:
+                _wrprotect_ptes(entries, idx, nr, layout)
+                _count(stats, "wrprotect_ptes")
+                _count(stats, "ptes_wrprotected", nr)
+            _count_batch(stats, nr)
+        idx += nr
+
+
+# --- the helpers, over an array ---------------------------------------------------------------------------------------
+
+_HELPER_PREFIXES = ("pte_", "pfn_pte", "mk_pte", "swp_")
+_HELPERS_WITH_ARG = ("pte_mkwrite", "pte_advance_pfn", "pfn_pte", "mk_pte", "pte_modify")
+
+
+def apply_helper(layout: PteLayout, name: str, values: np.ndarray, arg: int = 0) -> np.ndarray:
+    """Apply one of the ``pte_*`` helpers of `ptebatch.arch` to every value.
+
+    Parameters
+    ----------
+    layout : PteLayout
+    name : str
+        Name of the helper, such as ``"pte_wrprotect"``.
+    values : ndarray of uint64, one dimension
+        Entries; for ``pfn_pte`` and ``mk_pte`` PFNs, for ``swp_entry`` offsets.
+    arg : int
+        vm_flags of ``pte_mkwrite``, n of ``pte_advance_pfn``, protection of ``pfn_pte``, ``mk_pte`` and
+        ``pte_modify``, type of ``swp_entry``; otherwise unused.
+
+    Returns
+    -------
+    ndarray of uint64, same shape
+        A bool as 0 or 1.
+    """
+    layout = checks.check_layout(layout)
+    values = checks.check_array("values", values, np.uint64, None, writable=False)
+    arg = checks.check_u64("arg", arg)
+    helper: Any = getattr(arch, name, None) if isinstance(name, str) and name.startswith(_HELPER_PREFIXES) else None
+    if helper is None:
+        raise ArgumentError(f"name must be a pte helper such as 'pte_wrprotect', not {name!r}")
+    if name == "swp_entry":
+        results = [helper(layout, arg, value) for value in values.tolist()]
+    elif name in _HELPERS_WITH_ARG:
+        results = [helper(layout, value, arg) for value in values.tolist()]
+    else:
+        results = [helper(layout, value) for value in values.tolist()]
+    return np.array([int(result) for result in results], dtype=np.uint64)

@@ -16,7 +16,7 @@ function says which.  What differs between releases is a switch of `ptebatch.sem
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from errno import EAGAIN, EHWPOISON, ENOMEM
+from errno import EAGAIN, ENOMEM
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ __all__ = [
     "wrprotect_range",
 ]
 
+EHWPOISON = 133  # Linux's number; the errno module lacks it in most versions of Python
 MAX_MAPCOUNT = (1 << 24) - 1
 MAX_COUNTER = (1 << 26) - 1
 
@@ -375,7 +376,7 @@ def _copy_present_ptes(
         nr = batch.nr
         _check_room(ctx, folio, pfn, nr, addr)
         folio.refcount += nr
-        if anon and not _try_dup_anon_rmap(ctx, folio, pfn, nr):
+        if anon and not _try_dup_anon_rmap(ctx, folio, pfn, nr, stats):
             folio.refcount -= nr
             return -EAGAIN
         if not anon:
@@ -386,7 +387,7 @@ def _copy_present_ptes(
         nr = 1
         _check_room(ctx, folio, pfn, 1, addr)
         folio.refcount += 1
-        if anon and not _try_dup_anon_rmap(ctx, folio, pfn, 1):
+        if anon and not _try_dup_anon_rmap(ctx, folio, pfn, 1, stats):
             folio.refcount -= 1
             return _copy_present_page(ctx, dst, idx, pte, rss, prealloc, stats)
         if not anon:
@@ -403,9 +404,7 @@ def _batching(ctx: ForkContext) -> bool:
     return ctx.batching and ctx.semantics.fork_batching
 
 
-def _vm_normal_page(
-    folios: FolioTable, layout: PteLayout, pte: int, pfn_without_page: str, addr: int | None
-) -> bool:
+def _vm_normal_page(folios: FolioTable, layout: PteLayout, pte: int, pfn_without_page: str, addr: int | None) -> bool:
     """Tell whether a present entry maps a page that is counted (``vm_normal_page()``, mm/memory.c, pte_special)."""
     if arch.pte_special(layout, pte):
         return False
@@ -524,7 +523,7 @@ def _tracks_mm_ids(ctx: ForkContext, folio: Folio) -> bool:
     return ctx.semantics.mm_id and folio.order > 0 and not folio.hugetlb
 
 
-def _try_dup_anon_rmap(ctx: ForkContext, folio: Folio, pfn: int, nr: int) -> bool:
+def _try_dup_anon_rmap(ctx: ForkContext, folio: Folio, pfn: int, nr: int, stats: np.ndarray) -> bool:
     """Share `nr` pages with the child, unless one of them is exclusive and may be pinned; then change nothing.
 
     ``folio_try_dup_anon_rmap_ptes()``, include/linux/rmap.h, v6.8+.  The caller has taken its references already, and
@@ -535,6 +534,7 @@ def _try_dup_anon_rmap(ctx: ForkContext, folio: Folio, pfn: int, nr: int) -> boo
     if maybe_pinned and any(page.anon_exclusive for page in pages):
         return False
     for page in pages:
+        _count(stats, "anon_exclusive_cleared", int(page.anon_exclusive))
         page.anon_exclusive = False
     _dup_rmap(ctx, folio, pfn, nr)
     return True

@@ -49,7 +49,9 @@ def table(runs: list[list[Any]], ptrs: int = 512) -> np.ndarray:
 
 
 def same_table(actual: np.ndarray, expected: np.ndarray) -> None:
-    differing = {i: (hex(a), hex(e)) for i, (a, e) in enumerate(zip(actual.tolist(), expected.tolist())) if a != e}
+    differing = {
+        i: (hex(a), hex(e)) for i, (a, e) in enumerate(zip(actual.tolist(), expected.tolist(), strict=True)) if a != e
+    }
     assert not differing, f"slot: (actual, expected): {differing}"
 
 
@@ -126,7 +128,9 @@ def check_folios(vector: Vector, folios: FolioTable) -> None:
             assert [list(slot) for slot in folio.mm_ids] == want["mm_ids"]
             assert folio.maybe_mapped_shared == want["shared"]
         pages = {
-            number(first) + k: (mapcount, exclusive) for first, nr, mapcount, exclusive in want["pages"] for k in range(nr)
+            number(first) + k: (mapcount, exclusive)
+            for first, nr, mapcount, exclusive in want["pages"]
+            for k in range(nr)
         }
         assert len(pages) == folio.nr_pages
         assert pages == {
@@ -227,7 +231,9 @@ def check_copy(vector: Vector, ret: int, dst: np.ndarray, src: np.ndarray, folio
     assert rss.tolist() == expect["rss"]
 
 
-def check_refused(vector: Vector, call: Any, dst: np.ndarray, src: np.ndarray, folios: FolioTable, rss: np.ndarray) -> None:
+def check_refused(
+    vector: Vector, call: Any, dst: np.ndarray, src: np.ndarray, folios: FolioTable, rss: np.ndarray
+) -> None:
     with pytest.raises(getattr(errors, vector["error"])):
         call()
     same_table(src, table(vector["src"]))

@@ -1,0 +1,823 @@
+"""The memmap: PFN -> page and folio state, in memory proportional to the PFN ranges in use.
+
+Storage, read directly by the Cython core (which compares the constants below on import):
+
+* ``_words``: one uint64 per page of the sections in use, see the ``*_BIT`` and ``*_SHIFT`` constants. The counter
+  field holds the refcount on a folio's page 0, the large mapcount on page 1, the entire mapcount on page 2. Counts are
+  plain: 0 is unmapped. An absent page is the word 0.
+* ``_aux``: for large folios, ``_aux[head]`` and ``_aux[head + 1]`` are the two MM-ID slots (count, mm id); the top bit
+  of ``_aux[head]`` is the maybe-mapped-shared flag.
+* sections of 64 pages behind a two-level index: ``_top[pfn >> 18]`` is a block number of ``_sub`` (or -1), and
+  ``_sub[block * 4096 + (pfn >> 6 & 4095)]`` is ``section << 1 | full`` (or -1). A folio larger than a section has
+  consecutive sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ptebatch.errors import ArgumentError, PfnError, StateError
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+MAPCOUNT_BITS = 24
+COUNTER_SHIFT = 24
+COUNTER_BITS = 26
+ORDER_SHIFT = 50
+ORDER_BITS = 5
+DEVICE_BIT = 55
+AE_BIT = 56
+ANON_BIT = 57
+SWAPBACKED_BIT = 58
+KSM_BIT = 59
+HUGETLB_BIT = 60
+PINNED_BIT = 61
+HWPOISON_BIT = 62
+VALID_BIT = 63
+AUX_COUNT_BITS = 26
+AUX_ID_BITS = 20
+AUX_SHARED_BIT = 63
+SECTION_SHIFT = 6
+SECTION_PAGES = 1 << SECTION_SHIFT
+TOP_SHIFT = 18
+BLOCK_SECTIONS = 1 << (TOP_SHIFT - SECTION_SHIFT)
+MAX_ORDER = 18
+MAX_PFN = (1 << 40) - 1
+MAX_MAPCOUNT = (1 << MAPCOUNT_BITS) - 1
+MAX_COUNTER = (1 << COUNTER_BITS) - 1
+MAX_MM_ID = (1 << AUX_ID_BITS) - 1
+NEAR_LIMIT = 1 << (MAPCOUNT_BITS - 2)
+GUP_PIN_COUNTING_BIAS = 1024
+
+_MAPCOUNT = np.uint64(MAX_MAPCOUNT)
+_FLAG_BITS = {
+    "anon": ANON_BIT,
+    "swapbacked": SWAPBACKED_BIT,
+    "ksm": KSM_BIT,
+    "hugetlb": HUGETLB_BIT,
+    "device": DEVICE_BIT,
+}
+
+
+def _count(name: str, value: Any, most: int) -> int:
+    try:
+        number = value.__index__()
+    except AttributeError:
+        raise ArgumentError(f"{name} must be an integer, not {type(value).__name__}") from None
+    if not 0 <= number <= most:
+        raise StateError(f"{name} must be in 0..{most}, not {number}")
+    return int(number)
+
+
+def _pfn_array(name: str, pfns: Any) -> I64:
+    array = np.asarray(pfns)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ArgumentError(f"{name} must be a one-dimensional array of integers, not {array.dtype} {array.shape}")
+    if array.size and (int(array.min()) < 0 or int(array.max()) > MAX_PFN):
+        raise ArgumentError(f"{name} must hold PFNs in 0..{MAX_PFN:#x}")
+    return array.astype(np.int64)
+
+
+class FolioTable:
+    """Pages and folios by page frame number; shared by all address spaces that map them."""
+
+    __slots__ = (
+        "_aux", "_free_hint", "_near_limit", "_next_mm_id", "_nr_sections", "_pincounts", "_section_of", "_sub",
+        "_top", "_words", "__weakref__",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._words: U64 = np.zeros(0, dtype=np.uint64)
+        self._aux: U64 = np.zeros(0, dtype=np.uint64)
+        self._top: npt.NDArray[np.int32] = np.full(0, -1, dtype=np.int32)
+        self._sub: npt.NDArray[np.int32] = np.full(0, -1, dtype=np.int32)
+        self._section_of: I64 = np.zeros(0, dtype=np.int64)  # section number -> pfn >> SECTION_SHIFT
+        self._nr_sections = 0
+        self._pincounts: dict[int, int] = {}
+        self._near_limit = False
+        self._next_mm_id = 1
+        self._free_hint = 1
+
+    # --- index --------------------------------------------------------------------------------------------------------
+
+    def _sub_slots(self, sections: I64) -> I64:
+        """Positions in _sub of PFN sections; -1 where there is no block."""
+        blocks = sections >> (TOP_SHIFT - SECTION_SHIFT)
+        inside = blocks < len(self._top)
+        block = np.full(len(sections), -1, dtype=np.int64)
+        block[inside] = self._top[blocks[inside]]
+        return np.where(block < 0, -1, block * BLOCK_SECTIONS + (sections & (BLOCK_SECTIONS - 1)))
+
+    def _section_numbers(self, sections: I64) -> I64:
+        slots = self._sub_slots(sections)
+        numbers = np.full(len(sections), -1, dtype=np.int64)
+        there = slots >= 0
+        numbers[there] = self._sub[slots[there]] >> 1  # -1 stays -1
+        return numbers
+
+    def lookup(self, pfns: Any) -> I64:
+        """Index of each PFN's word in the section storage, int64; -1 where no section or no page is."""
+        array = _pfn_array("pfns", pfns)
+        index = self._index(array)
+        there = index >= 0
+        index[there] = np.where(self._words[index[there]] >> np.uint64(VALID_BIT) != 0, index[there], -1)
+        return index
+
+    def _index(self, pfns: I64) -> I64:
+        numbers = self._section_numbers(pfns >> SECTION_SHIFT)
+        return np.where(numbers < 0, -1, (numbers << SECTION_SHIFT) + (pfns & (SECTION_PAGES - 1)))
+
+    def _at(self, pfn: int) -> int:
+        """Index of a page that exists; PfnError otherwise."""
+        index = self._find(pfn)
+        if index < 0 or not int(self._words[index]) >> VALID_BIT:
+            raise PfnError(pfn=pfn)
+        return index
+
+    def _find(self, pfn: int) -> int:
+        block = pfn >> TOP_SHIFT
+        if pfn < 0 or block >= len(self._top) or self._top[block] < 0:
+            return -1
+        entry = int(self._sub[int(self._top[block]) * BLOCK_SECTIONS + (pfn >> SECTION_SHIFT) % BLOCK_SECTIONS])
+        return -1 if entry < 0 else (entry >> 1) * SECTION_PAGES + pfn % SECTION_PAGES
+
+    def _add_sections(self, sections: I64) -> None:
+        """Make sections exist. Those given that are new get consecutive numbers in PFN order."""
+        sections = np.unique(sections)
+        new = sections[self._section_numbers(sections) < 0]
+        if not len(new):
+            return
+        blocks = np.unique(new >> (TOP_SHIFT - SECTION_SHIFT))
+        if blocks[-1] >= len(self._top):
+            top = np.full(max(int(blocks[-1]) + 1, 2 * len(self._top)), -1, dtype=np.int32)
+            top[: len(self._top)] = self._top
+            self._top = top
+        fresh = blocks[self._top[blocks] < 0]
+        if len(fresh):
+            nr_blocks = len(self._sub) // BLOCK_SECTIONS
+            self._top[fresh] = np.arange(nr_blocks, nr_blocks + len(fresh), dtype=np.int32)
+            self._sub = np.concatenate([self._sub, np.full(len(fresh) * BLOCK_SECTIONS, -1, dtype=np.int32)])
+        first, last = self._nr_sections, self._nr_sections + len(new)
+        if last >= 1 << 30:
+            raise StateError("more than 2^36 pages in one FolioTable")
+        self._reserve_sections(last)
+        self._sub[self._sub_slots(new)] = (np.arange(first, last) << 1).astype(np.int32)
+        self._section_of[first:last] = new
+        self._nr_sections = last
+
+    def _reserve_sections(self, nr: int) -> None:
+        if nr <= len(self._section_of):
+            return
+        # The first sections get what they need; later growth is amortised.
+        room = nr if not len(self._section_of) else max(nr, len(self._section_of) * 5 // 4)
+        words, aux = (np.zeros(room * SECTION_PAGES, dtype=np.uint64) for _ in range(2))
+        used = self._nr_sections * SECTION_PAGES
+        words[:used], aux[:used] = self._words[:used], self._aux[:used]
+        section_of = np.zeros(room, dtype=np.int64)
+        section_of[: self._nr_sections] = self._section_of[: self._nr_sections]
+        self._words, self._aux, self._section_of = words, aux, section_of
+
+    def _sort_sections(self) -> None:
+        """Renumber all sections in PFN order, so that neighbours are consecutive."""
+        n = self._nr_sections
+        order = np.argsort(self._section_of[:n], kind="stable")
+        full = self._sub[self._sub_slots(self._section_of[:n])] & 1
+        for name in ("_words", "_aux"):
+            array = getattr(self, name)
+            array[: n * SECTION_PAGES] = array[: n * SECTION_PAGES].reshape(n, SECTION_PAGES)[order].reshape(-1)
+        self._section_of[:n] = self._section_of[:n][order]
+        self._sub[self._sub_slots(self._section_of[:n])] = (np.arange(n) << 1 | full[order]).astype(np.int32)
+
+    def _update_full(self, sections: I64) -> None:
+        """Recompute the `full` bit of existing sections."""
+        numbers = self._section_numbers(sections)
+        n = self._nr_sections
+        valid = self._words[: n * SECTION_PAGES].reshape(n, SECTION_PAGES)[numbers] >> np.uint64(VALID_BIT)
+        full = (valid != 0).all(axis=1)
+        self._sub[self._sub_slots(sections)] = (numbers << 1 | full).astype(np.int32)
+
+    # --- folios -------------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        pfn: int,
+        order: int = 0,
+        *,
+        anon: bool = True,
+        swapbacked: bool | None = None,
+        ksm: bool = False,
+        hugetlb: bool = False,
+        device: bool = False,
+        refcount: int = 0,
+        mapcount: int | Sequence[int] = 0,
+        anon_exclusive: bool | Sequence[bool] = False,
+        large_mapcount: int | None = None,
+        entire_mapcount: int = 0,
+        pincount: int = 0,
+    ) -> None:
+        """Add one folio with its state; see `Folio` and `Page` for the fields.
+
+        `mapcount` and `anon_exclusive` are one value for all pages or a sequence of one per page; `large_mapcount`
+        defaults to the sum of the mapcounts plus the entire mapcount.
+        """
+        order = _count("order", order, MAX_ORDER)
+        nr = 1 << order
+        refcount = _count("refcount", refcount, MAX_COUNTER)
+        counts = [mapcount] * nr if np.isscalar(mapcount) or hasattr(mapcount, "__index__") else list(mapcount)  # type: ignore[arg-type]
+        exclusive = [anon_exclusive] * nr if isinstance(anon_exclusive, (bool, np.bool_)) else list(anon_exclusive)
+        if len(counts) != nr or len(exclusive) != nr:
+            raise ArgumentError(f"mapcount and anon_exclusive must have one value for each of the {nr} pages")
+        counts = [_count("mapcount", count, MAX_MAPCOUNT) for count in counts]
+        entire_mapcount = _count("entire_mapcount", entire_mapcount, MAX_COUNTER)
+        if large_mapcount is None:
+            large_mapcount = sum(counts) + entire_mapcount
+        large_mapcount = _count("large_mapcount", large_mapcount, MAX_COUNTER)
+        pincount = _count("pincount", pincount, MAX_COUNTER)
+        if order == 0 and pincount:
+            raise ArgumentError("a small folio has no pincount; add 1024 to its refcount for each pin")
+        if entire_mapcount and order < 2:
+            raise ArgumentError("entire_mapcount needs a folio of order 2 or more")
+        self.add_folios(
+            [pfn], order, anon=anon, swapbacked=swapbacked, ksm=ksm, hugetlb=hugetlb, device=device
+        )
+        at = self._find(int(pfn))
+        words = np.array(counts, dtype=np.uint64) | np.array(exclusive, dtype=np.uint64) << np.uint64(AE_BIT)
+        self._words[at : at + nr] |= words
+        folio = self.folio(int(pfn))
+        folio.refcount = refcount
+        if order:
+            folio.large_mapcount = large_mapcount
+            folio.pincount = pincount
+        if entire_mapcount:
+            folio.entire_mapcount = entire_mapcount
+        self._near_limit |= max(counts) >= NEAR_LIMIT
+
+    def add_folios(
+        self,
+        head_pfns: Any,
+        order: Any,
+        *,
+        anon: Any = True,
+        swapbacked: Any = None,
+        ksm: Any = False,
+        hugetlb: Any = False,
+        device: Any = False,
+    ) -> None:
+        """Add unmapped folios in bulk.
+
+        Parameters
+        ----------
+        head_pfns : array of int, shape (n,)
+            Head PFNs, each a multiple of its folio's number of pages.
+        order : int, or array of int of shape (n,)
+        anon, swapbacked, ksm, hugetlb, device : bool, or bool array of shape (n,)
+            `swapbacked` defaults to `anon`.
+
+        Raises
+        ------
+        ArgumentError
+            Misaligned, overlapping or absurd folios; nothing is added.
+        """
+        heads = _pfn_array("head_pfns", head_pfns)
+        orders = np.asarray(order)
+        if orders.dtype.kind not in "iu":
+            raise ArgumentError(f"order must be an integer or an array of integers, not {orders.dtype}")
+        if not len(heads):
+            return
+        orders = np.broadcast_to(orders.astype(np.int64), heads.shape)
+        if orders.min() < 0 or orders.max() > MAX_ORDER:
+            raise ArgumentError(f"order must be in 0..{MAX_ORDER}")
+        nr = np.int64(1) << orders
+        if (heads & (nr - 1)).any():
+            bad = int(np.flatnonzero(heads & (nr - 1))[0])
+            raise ArgumentError(f"head PFN {int(heads[bad]):#x} is not a multiple of {int(nr[bad])} pages")
+        if int((heads + nr).max()) > MAX_PFN + 1:
+            raise ArgumentError(f"a folio reaches beyond PFN {MAX_PFN:#x}")
+        by_pfn = np.argsort(heads, kind="stable")
+        heads, orders, nr = heads[by_pfn], orders[by_pfn], nr[by_pfn]
+        if (heads[:-1] + nr[:-1] > heads[1:]).any():
+            bad = int(np.flatnonzero(heads[:-1] + nr[:-1] > heads[1:])[0])
+            raise ArgumentError(f"the folios at PFN {int(heads[bad]):#x} and {int(heads[bad + 1]):#x} overlap")
+        flags = np.full(len(heads), np.uint64(1) << np.uint64(VALID_BIT), dtype=np.uint64)
+        values = {"anon": anon, "swapbacked": anon if swapbacked is None else swapbacked, "ksm": ksm,
+                  "hugetlb": hugetlb, "device": device}  # fmt: skip
+        for name, value in values.items():
+            array = np.broadcast_to(np.asarray(value, dtype=bool), heads.shape)[by_pfn]
+            flags |= array.astype(np.uint64) << np.uint64(_FLAG_BITS[name])
+        flags |= orders.astype(np.uint64) << np.uint64(ORDER_SHIFT)
+
+        first, last = heads >> SECTION_SHIFT, (heads + nr - 1) >> SECTION_SHIFT
+        spans = last - first + 1
+        sections = np.unique(_ranges(first, spans))
+        pfns = _ranges(heads, nr)
+        index = self._index(pfns)
+        taken = index >= 0
+        if taken.any() and (self._words[index[taken]] >> np.uint64(VALID_BIT)).any():
+            pfn = int(pfns[taken][np.flatnonzero(self._words[index[taken]] >> np.uint64(VALID_BIT))[0]])
+            raise ArgumentError(f"PFN {pfn:#x} already belongs to a folio")
+        self._add_sections(sections)
+        large = spans > 1
+        if large.any():
+            low = self._section_numbers(first[large])
+            high = self._section_numbers(last[large])
+            inner = self._section_numbers(_ranges(first[large], spans[large]))
+            if (inner != _ranges(low, spans[large])).any() or (high - low != spans[large] - 1).any():
+                self._sort_sections()
+        index = self._index(pfns)
+        self._words[index] = np.repeat(flags, nr)
+        self._aux[index] = 0
+        self._update_full(sections)
+
+    def remove(self, head_pfn: int) -> None:
+        """Take a folio away (its pages are free afterwards)."""
+        folio = self.folio(head_pfn)
+        self.remove_folios([folio.pfn])
+
+    def remove_folios(self, head_pfns: Any) -> None:
+        """Take folios away in bulk; each must exist and be named by its head."""
+        heads = np.unique(_pfn_array("head_pfns", head_pfns))
+        if not len(heads):
+            return
+        index = self.lookup(heads)
+        if (index < 0).any():
+            raise PfnError(pfn=int(heads[np.flatnonzero(index < 0)[0]]))
+        orders = (self._words[index] >> np.uint64(ORDER_SHIFT) & np.uint64((1 << ORDER_BITS) - 1)).astype(np.int64)
+        nr = np.int64(1) << orders
+        if (heads & (nr - 1)).any():
+            raise ArgumentError(f"PFN {int(heads[np.flatnonzero(heads & (nr - 1))[0]]):#x} is not the head of its folio")
+        pfns = _ranges(heads, nr)
+        index = self._index(pfns)
+        self._words[index] = 0
+        self._aux[index] = 0
+        if self._pincounts:
+            for head in heads.tolist():
+                self._pincounts.pop(head, None)
+        self._update_full(np.unique(pfns >> SECTION_SHIFT))
+        self._free_hint = min(self._free_hint, max(1, int(heads[0])))
+
+    def reserve(self, n: int) -> U64:
+        """Find the `n` lowest free PFNs from 1 on, in address order, as uint64[n]; they stay free.
+
+        Their sections exist afterwards, so that the core can make them pages.
+        """
+        n = _count("n", n, 1 << 36)
+        found: list[I64] = []
+        missing = n
+        pfn = self._free_hint
+        while missing > 0:
+            pfns = np.arange(pfn, pfn + max(SECTION_PAGES, 2 * missing), dtype=np.int64)
+            index = self._index(pfns)
+            free = index < 0
+            there = ~free
+            free[there] = self._words[index[there]] == 0
+            hits = pfns[free][:missing]
+            if not found and len(hits):
+                self._free_hint = int(hits[0])
+            found.append(hits)
+            missing -= len(hits)
+            pfn += len(pfns)
+        pfns = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        if len(pfns):
+            if int(pfns[-1]) > MAX_PFN:
+                raise StateError("no free PFN is left")
+            self._add_sections(pfns >> SECTION_SHIFT)
+        return pfns.astype(np.uint64)
+
+    def alloc(self, order: int = 0) -> int:
+        """Make a new anonymous folio at the lowest free, aligned PFN; return its head PFN."""
+        order = _count("order", order, MAX_ORDER)
+        if order == 0:
+            pfn = int(self.reserve(1)[0])
+        else:
+            nr = 1 << order
+            pfn = nr
+            while (self.lookup(np.arange(pfn, pfn + nr)) >= 0).any():
+                pfn += nr
+        self.add_folios([pfn], order)
+        return pfn
+
+    def _prepare_pages(self, pfns: Iterable[int]) -> None:
+        """Make the sections of free PFNs exist before the core turns them into pages."""
+        for pfn in pfns:
+            if pfn in self:
+                raise ArgumentError(f"prealloc: PFN {pfn:#x} already belongs to a folio")
+            self._add_sections(np.array([pfn >> SECTION_SHIFT]))
+
+    def _walked(self, new_pages: Any, near_limit: bool) -> None:
+        """Take note of what a walk of the core did: pages it made, counts it saw near their limit."""
+        self._near_limit |= near_limit
+        if len(new_pages):
+            pfns = np.asarray(new_pages, dtype=np.int64)
+            self._update_full(np.unique(pfns >> SECTION_SHIFT))
+
+    def map_ptes(self, pfns: Any, *, mm_id: int, anon_exclusive: Any = None) -> None:
+        """Account PTE mappings by `mm_id` in bulk: mapcount, refcount, large mapcount, MM-ID slots.
+
+        Parameters
+        ----------
+        pfns : array of int, shape (n,)
+            One PFN per mapping PTE; a PFN may occur more than once.
+        mm_id : int
+        anon_exclusive : bool array of shape (n,), optional
+            Pages to mark PG_anon_exclusive; others are left as they are.
+
+        Raises
+        ------
+        PfnError, StateError
+            A PFN without a page; a count that would leave its range. Nothing is changed.
+        """
+        mm_id = _count("mm_id", mm_id, MAX_MM_ID)
+        array = _pfn_array("pfns", pfns)
+        if not len(array):
+            return
+        index = self.lookup(array)
+        if (index < 0).any():
+            raise PfnError(pfn=int(array[np.flatnonzero(index < 0)[0]]))
+        words = self._words[index]
+        order = (words >> np.uint64(ORDER_SHIFT) & np.uint64((1 << ORDER_BITS) - 1)).astype(np.int64)
+        heads = index - (array & ((np.int64(1) << order) - 1))
+        pages, nr_page = np.unique(index, return_counts=True)
+        folios, at, nr_folio = np.unique(heads, return_index=True, return_counts=True)
+        large = order[at] > 0
+        new_map = (self._words[pages] & _MAPCOUNT).astype(np.int64) + nr_page
+        new_ref = self._counter(folios) + nr_folio
+        big, nr_big = folios[large], nr_folio[large]
+        new_large = self._counter(big + 1) + nr_big
+        if new_map.max() > MAX_MAPCOUNT or new_ref.max() > MAX_COUNTER or (len(big) and new_large.max() > MAX_COUNTER):
+            raise StateError("a mapcount or refcount would leave its range")
+        self._words[pages] += nr_page.astype(np.uint64)
+        if anon_exclusive is not None:
+            marked = np.unique(index[np.broadcast_to(np.asarray(anon_exclusive, dtype=bool), array.shape)])
+            self._words[marked] |= np.uint64(1 << AE_BIT)
+        self._words[folios] += nr_folio.astype(np.uint64) << np.uint64(COUNTER_SHIFT)
+        self._words[big + 1] += nr_big.astype(np.uint64) << np.uint64(COUNTER_SHIFT)
+        self._near_limit |= bool(new_map.max() >= NEAR_LIMIT)
+        tracked = self._words[big] >> np.uint64(HUGETLB_BIT) & np.uint64(1) == 0
+        self._add_mm_mappings(big[tracked], mm_id, nr_big[tracked].astype(np.uint64))
+
+    def _counter(self, index: I64) -> I64:
+        return (self._words[index] >> np.uint64(COUNTER_SHIFT) & np.uint64(MAX_COUNTER)).astype(np.int64)
+
+    def _add_mm_mappings(self, heads: I64, mm_id: int, nr: U64) -> None:
+        id_mask, mine = np.uint64(MAX_MM_ID << AUX_COUNT_BITS), np.uint64(mm_id << AUX_COUNT_BITS)
+        shared = np.uint64(1 << AUX_SHARED_BIT)
+        slot0, slot1 = self._aux[heads], self._aux[heads + 1]
+        in0 = slot0 & id_mask == mine
+        in1 = ~in0 & (slot1 & id_mask == mine)
+        to0 = ~in0 & ~in1 & (slot0 & id_mask == 0)
+        to1 = ~in0 & ~in1 & ~to0 & (slot1 & id_mask == 0)
+        slot0 = np.where(in0, slot0 + nr, np.where(to0, slot0 | mine | nr, slot0))
+        slot1 = np.where(in1, slot1 + nr, np.where(to1, slot1 | mine | nr, slot1))
+        others = to1 | (to0 & (self._counter(heads + 1).astype(np.uint64) != nr))
+        self._aux[heads] = np.where(others, slot0 | shared, slot0)
+        self._aux[heads + 1] = slot1
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def __contains__(self, pfn: object) -> bool:
+        if not hasattr(pfn, "__index__"):
+            return False
+        index = self._find(pfn.__index__())  # type: ignore[attr-defined]
+        return index >= 0 and int(self._words[index]) >> VALID_BIT != 0
+
+    def _valid(self) -> I64:
+        """Indices of all pages, in PFN order."""
+        n = self._nr_sections * SECTION_PAGES
+        index = np.flatnonzero(self._words[:n] >> np.uint64(VALID_BIT))
+        return index[np.argsort(self._pfns_at(index), kind="stable")]
+
+    def _pfns_at(self, index: I64) -> I64:
+        return (self._section_of[index >> SECTION_SHIFT] << SECTION_SHIFT) + (index & (SECTION_PAGES - 1))
+
+    def __len__(self) -> int:
+        n = self._nr_sections * SECTION_PAGES
+        return int(np.count_nonzero(self._words[:n] >> np.uint64(VALID_BIT)))
+
+    def heads(self) -> I64:
+        """Head PFNs of all folios, ascending, int64."""
+        index = self._valid()
+        pfns = self._pfns_at(index)
+        order = (self._words[index] >> np.uint64(ORDER_SHIFT) & np.uint64((1 << ORDER_BITS) - 1)).astype(np.int64)
+        return pfns[pfns & ((np.int64(1) << order) - 1) == 0]
+
+    def page(self, pfn: int) -> Page:
+        """The page of a PFN; PfnError if there is none."""
+        self._at(pfn)
+        return Page(self, int(pfn))
+
+    def folio(self, pfn: int) -> Folio:
+        """The folio a PFN belongs to; PfnError if there is none."""
+        order = int(self._words[self._at(pfn)]) >> ORDER_SHIFT & ((1 << ORDER_BITS) - 1)
+        return Folio(self, int(pfn) >> order << order, order)
+
+    def _field(self, pfns: Any, shift: int, mask: int) -> U64:
+        array = _pfn_array("pfns", pfns)
+        index = self.lookup(array)
+        if (index < 0).any():
+            raise PfnError(pfn=int(array[np.flatnonzero(index < 0)[0]]))
+        return self._words[index] >> np.uint64(shift) & np.uint64(mask)
+
+    def mapcounts(self, pfns: Any) -> I64:
+        """Mapcount of each page, int64."""
+        return self._field(pfns, 0, MAX_MAPCOUNT).astype(np.int64)
+
+    def orders(self, pfns: Any) -> I64:
+        """Order of each page's folio, int64."""
+        return self._field(pfns, ORDER_SHIFT, (1 << ORDER_BITS) - 1).astype(np.int64)
+
+    def flags(self, pfns: Any, name: str) -> npt.NDArray[np.bool_]:
+        """One flag of each page: anon, swapbacked, ksm, hugetlb, device, anon_exclusive, hwpoison; bool."""
+        bits = {**_FLAG_BITS, "anon_exclusive": AE_BIT, "hwpoison": HWPOISON_BIT}
+        if name not in bits:
+            raise ArgumentError(f"no flag {name!r}; there are {', '.join(bits)}")
+        return self._field(pfns, bits[name], 1).astype(bool)
+
+    def pages_table(self) -> dict[str, npt.NDArray[Any]]:
+        """All pages as columns in PFN order: ``pfn`` int64, ``word`` and ``aux`` uint64, ``pincount`` int64."""
+        index = self._valid()
+        pfns = self._pfns_at(index)
+        pincount = np.zeros(len(pfns), dtype=np.int64)
+        for head, count in self._pincounts.items():
+            pincount[np.searchsorted(pfns, head)] = count
+        return {"pfn": pfns, "word": self._words[index], "aux": self._aux[index], "pincount": pincount}
+
+    @classmethod
+    def from_pages_table(cls, table: dict[str, npt.NDArray[Any]]) -> FolioTable:
+        """The table `pages_table` wrote; the caller has validated it."""
+        folios = cls()
+        pfns = np.asarray(table["pfn"], dtype=np.int64)
+        if len(pfns):
+            folios._add_sections(pfns >> SECTION_SHIFT)
+            index = folios._index(pfns)
+            folios._words[index] = table["word"]
+            folios._aux[index] = table["aux"]
+            folios._update_full(np.unique(pfns >> SECTION_SHIFT))
+            folios._near_limit = bool((table["word"] & _MAPCOUNT).max() >= NEAR_LIMIT)
+        pinned = np.flatnonzero(table["pincount"])
+        folios._pincounts = {int(pfns[i]): int(table["pincount"][i]) for i in pinned}
+        ids = table["aux"] >> np.uint64(AUX_COUNT_BITS) & np.uint64(MAX_MM_ID)
+        folios._next_mm_id = int(ids.max()) + 1 if len(ids) else 1
+        return folios
+
+    def copy(self) -> FolioTable:
+        """An independent copy."""
+        other = FolioTable()
+        other.assign(self)
+        return other
+
+    def assign(self, other: FolioTable) -> None:
+        """Take over the state of another table; storage of the same size is written in place."""
+        for name in ("_words", "_aux", "_top", "_sub", "_section_of"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if len(mine) == len(theirs):
+                mine[...] = theirs
+            else:
+                setattr(self, name, theirs.copy())
+        for name in ("_nr_sections", "_near_limit", "_next_mm_id", "_free_hint"):
+            setattr(self, name, getattr(other, name))
+        self._pincounts = dict(other._pincounts)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FolioTable):
+            return NotImplemented
+        mine, theirs = self.pages_table(), other.pages_table()
+        return all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of metadata: words, slots and index."""
+        return sum(getattr(self, n).nbytes for n in ("_words", "_aux", "_top", "_sub", "_section_of"))
+
+    def new_mm_id(self) -> int:
+        """A fresh mm id, from 1 on."""
+        if self._next_mm_id > MAX_MM_ID:
+            raise StateError(f"more than {MAX_MM_ID} address spaces in one FolioTable")
+        self._next_mm_id += 1
+        return self._next_mm_id - 1
+
+    def __repr__(self) -> str:
+        return f"<FolioTable of {len(self)} pages, {self.nbytes} bytes>"
+
+
+def _ranges(starts: I64, lengths: I64) -> I64:
+    """Concatenate ``starts[i] .. starts[i] + lengths[i]``."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+
+
+class Page:
+    """One page of a `FolioTable`; reads and writes go to the table."""
+
+    __slots__ = ("_folios", "pfn")
+
+    def __init__(self, folios: FolioTable, pfn: int) -> None:
+        self._folios = folios
+        self.pfn = pfn
+
+    def _get(self) -> int:
+        return int(self._folios._words[self._folios._at(self.pfn)])
+
+    def _set(self, shift: int, mask: int, value: int) -> None:
+        at = self._folios._at(self.pfn)
+        word = int(self._folios._words[at])
+        self._folios._words[at] = word & ~(mask << shift) | value << shift
+
+    @property
+    def folio(self) -> Folio:
+        """The folio it belongs to."""
+        return self._folios.folio(self.pfn)
+
+    @property
+    def mapcount(self) -> int:
+        """PTE mappings of this page (plain: 0 is unmapped)."""
+        return self._get() & MAX_MAPCOUNT
+
+    @mapcount.setter
+    def mapcount(self, value: int) -> None:
+        self._set(0, MAX_MAPCOUNT, _count("mapcount", value, MAX_MAPCOUNT))
+        self._folios._near_limit |= value >= NEAR_LIMIT
+
+    @property
+    def anon_exclusive(self) -> bool:
+        """PG_anon_exclusive."""
+        return bool(self._get() >> AE_BIT & 1)
+
+    @anon_exclusive.setter
+    def anon_exclusive(self, value: bool) -> None:
+        self._set(AE_BIT, 1, int(bool(value)))
+
+    @property
+    def hwpoison(self) -> bool:
+        """PG_hwpoison: copying this page fails."""
+        return bool(self._get() >> HWPOISON_BIT & 1)
+
+    @hwpoison.setter
+    def hwpoison(self, value: bool) -> None:
+        self._set(HWPOISON_BIT, 1, int(bool(value)))
+
+    def __repr__(self) -> str:
+        return f"<Page {self.pfn:#x} mapcount={self.mapcount} anon_exclusive={self.anon_exclusive}>"
+
+
+class Folio:
+    """One folio of a `FolioTable`; reads and writes go to the table."""
+
+    __slots__ = ("_folios", "order", "pfn")
+
+    def __init__(self, folios: FolioTable, pfn: int, order: int) -> None:
+        self._folios = folios
+        self.pfn = pfn
+        self.order = order
+
+    @property
+    def nr_pages(self) -> int:
+        """2^order."""
+        return 1 << self.order
+
+    def _word(self, page: int) -> int:
+        return int(self._folios._words[self._folios._at(self.pfn + page)])
+
+    def _get_counter(self, page: int, name: str) -> int:
+        if page >= self.nr_pages:
+            raise ArgumentError(f"a folio of order {self.order} has no {name}")
+        return self._word(page) >> COUNTER_SHIFT & MAX_COUNTER
+
+    def _set_counter(self, page: int, name: str, value: int) -> None:
+        number = _count(name, value, MAX_COUNTER)
+        if page >= self.nr_pages:
+            raise ArgumentError(f"a folio of order {self.order} has no {name}")
+        Page(self._folios, self.pfn + page)._set(COUNTER_SHIFT, MAX_COUNTER, number)
+
+    @property
+    def refcount(self) -> int:
+        """_refcount."""
+        return self._get_counter(0, "refcount")
+
+    @refcount.setter
+    def refcount(self, value: int) -> None:
+        self._set_counter(0, "refcount", value)
+
+    @property
+    def large_mapcount(self) -> int:
+        """_large_mapcount: all mappings of a large folio (plain); a small folio's is its mapcount."""
+        return self._get_counter(1, "large_mapcount") if self.order else self._folios.page(self.pfn).mapcount
+
+    @large_mapcount.setter
+    def large_mapcount(self, value: int) -> None:
+        self._set_counter(1, "large_mapcount", value)
+
+    @property
+    def entire_mapcount(self) -> int:
+        """_entire_mapcount: PMD and hugetlb mappings (plain); 0 for orders without one."""
+        return self._get_counter(2, "entire_mapcount") if self.order >= 2 else 0
+
+    @entire_mapcount.setter
+    def entire_mapcount(self, value: int) -> None:
+        self._set_counter(2, "entire_mapcount", value)
+
+    @property
+    def pincount(self) -> int:
+        """_pincount of a large folio; 0 for a small one, whose pins are in its refcount."""
+        return self._folios._pincounts.get(self.pfn, 0)
+
+    @pincount.setter
+    def pincount(self, value: int) -> None:
+        number = _count("pincount", value, MAX_COUNTER)
+        if not self.order:
+            raise ArgumentError("a small folio has no pincount; add 1024 to its refcount for each pin")
+        if number:
+            self._folios._pincounts[self.pfn] = number
+        else:
+            self._folios._pincounts.pop(self.pfn, None)
+        Page(self._folios, self.pfn)._set(PINNED_BIT, 1, int(number > 0))
+
+    def _flag(self, bit: int) -> bool:
+        return bool(self._word(0) >> bit & 1)
+
+    anon = property(lambda self: self._flag(ANON_BIT), doc="Anonymous memory.")
+    swapbacked = property(lambda self: self._flag(SWAPBACKED_BIT), doc="Anonymous, shmem or tmpfs.")
+    ksm = property(lambda self: self._flag(KSM_BIT), doc="Merged by KSM.")
+    hugetlb = property(lambda self: self._flag(HUGETLB_BIT), doc="A hugetlb folio.")
+    device = property(lambda self: self._flag(DEVICE_BIT), doc="Device-private memory.")
+
+    @property
+    def maybe_dma_pinned(self) -> bool:
+        """folio_maybe_dma_pinned(): a pincount, or at least 1024 references of a small folio."""
+        return self.pincount > 0 if self.order else self.refcount >= GUP_PIN_COUNTING_BIAS
+
+    def _aux(self) -> tuple[int, int, int]:
+        if not self.order:
+            raise ArgumentError("a small folio has no MM-ID slots")
+        at = self._folios._at(self.pfn)
+        return at, int(self._folios._aux[at]), int(self._folios._aux[at + 1])
+
+    @property
+    def mm_ids(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The two MM-ID slots as (mm id, its mappings); (0, 0) is an empty slot."""
+        _, aux0, aux1 = self._aux()
+        first, second = ((a >> AUX_COUNT_BITS & MAX_MM_ID, a & MAX_COUNTER) for a in (aux0, aux1))
+        return first, second
+
+    def set_mm_ids(self, slots: Sequence[tuple[int, int]]) -> None:
+        """Write both slots; the maybe-mapped-shared flag stays."""
+        at, aux0, aux1 = self._aux()
+        if len(slots) != 2:
+            raise ArgumentError("there are two MM-ID slots")
+        values = [
+            _count("mm id", mm_id, MAX_MM_ID) << AUX_COUNT_BITS | _count("MM-ID mapcount", count, MAX_COUNTER)
+            for mm_id, count in slots
+        ]
+        keep = ~(MAX_MM_ID << AUX_COUNT_BITS | MAX_COUNTER)
+        self._folios._aux[at] = aux0 & keep | values[0]
+        self._folios._aux[at + 1] = aux1 & keep | values[1]
+
+    @property
+    def maybe_mapped_shared(self) -> bool:
+        """The SHARED flag of a large folio (v6.15+); of a small one: mapped more than once."""
+        return bool(self._aux()[1] >> AUX_SHARED_BIT) if self.order else self.large_mapcount > 1
+
+    @maybe_mapped_shared.setter
+    def maybe_mapped_shared(self, value: bool) -> None:
+        at, aux0, _ = self._aux()
+        self._folios._aux[at] = aux0 & ~(1 << AUX_SHARED_BIT) | int(bool(value)) << AUX_SHARED_BIT
+
+    def add_mm_mapping(self, mm_id: int, nr: int) -> None:
+        """`mm_id` has `nr` more mappings; the large mapcount already includes them (v6.15+)."""
+        (id0, n0), (id1, n1) = self.mm_ids
+        if id0 == mm_id:
+            self.set_mm_ids(((id0, n0 + nr), (id1, n1)))
+        elif id1 == mm_id:
+            self.set_mm_ids(((id0, n0), (id1, n1 + nr)))
+        elif not id0:
+            self.set_mm_ids(((mm_id, nr), (id1, n1)))
+            if self.large_mapcount != nr:
+                self.maybe_mapped_shared = True
+        elif not id1:
+            self.set_mm_ids(((id0, n0), (mm_id, nr)))
+            self.maybe_mapped_shared = True
+
+    def remove_mm_mapping(self, mm_id: int, nr: int) -> None:
+        """`mm_id` has `nr` fewer mappings; the large mapcount no longer includes them (v6.15+)."""
+        slots = [list(slot) for slot in self.mm_ids]
+        for slot in slots:
+            if slot[0] == mm_id:
+                slot[1] -= nr
+                if slot[1] > 0:
+                    self.set_mm_ids([(a, b) for a, b in slots])
+                    return
+                slot[:] = [0, 0]
+                break
+        self.set_mm_ids([(a, b) for a, b in slots])
+        # Shared no longer if one slot accounts for every mapping that is left (an empty one for none).
+        if any(count == self.large_mapcount for _, count in slots):
+            self.maybe_mapped_shared = False
+
+    def __repr__(self) -> str:
+        return f"<Folio {self.pfn:#x} order={self.order} refcount={self.refcount} large_mapcount={self.large_mapcount}>"

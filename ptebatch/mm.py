@@ -1,0 +1,416 @@
+"""Address spaces: VMAs, the pool of page tables, rss, and what one fork needs to know of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ptebatch import arch
+from ptebatch import folio as f
+from ptebatch.arch import PteLayout
+from ptebatch.errors import ArgumentError, StateError
+from ptebatch.folio import FolioTable
+from ptebatch.semantics import KernelSemantics
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+MM_FILEPAGES, MM_ANONPAGES, MM_SWAPENTS, MM_SHMEMPAGES = range(4)
+NR_MM_COUNTERS = 4
+STAT_FIELDS = (
+    "vmas_copied", "vmas_skipped", "tables_allocated", "ptes_none", "ptes_present", "ptes_single", "ptes_batched",
+    "batches", "folio_ref_add", "rmap_dup", "ptep_get", "wrprotect_ptes", "ptes_wrprotected", "set_ptes",
+    "eagain_rounds", "copied_pages", "anon_exclusive_cleared", "special_ptes",
+)  # fmt: skip
+"""Counters of one page-table walk, in the order of the arrays `new_stats` makes; the batch histogram follows."""
+
+PFN_WITHOUT_PAGE = Literal["error", "as_kernel"]
+VM_OPS = (None, "file", "shmem", "hugetlb", "special")
+
+
+@dataclass(slots=True)
+class Vma:
+    """A virtual memory area.
+
+    Attributes
+    ----------
+    start, end : int
+        Bytes, multiples of the page size, ``start < end``.
+    vm_flags : int
+        VM_* of :mod:`ptebatch.arch`.
+    anon_vma : bool
+        ``vma->anon_vma`` is set: the area has had anonymous pages.
+    vm_ops : {None, "file", "shmem", "hugetlb", "special"}
+        What backs it; None is private anonymous memory.
+    name : str
+        For people: a path, ``[heap]``.
+    pgoff : int
+        Offset into the backing object in pages.
+    vm_page_prot : int, optional
+        None: what ``vm_get_page_prot`` makes of the flags.
+    uffd_event_fork : bool
+        The userfaultfd on this area asked for fork events, so the child keeps it.
+    """
+
+    start: int
+    end: int
+    vm_flags: int
+    anon_vma: bool = True
+    vm_ops: str | None = None
+    name: str = ""
+    pgoff: int = 0
+    vm_page_prot: int | None = None
+    uffd_event_fork: bool = False
+
+
+class Mm:
+    """An address space: VMAs and the pool of page tables that map them.
+
+    Parameters
+    ----------
+    layout : PteLayout
+    folios : FolioTable
+        Shared by every Mm that maps the same memory.
+    vmas : sequence of Vma
+        Sorted, not overlapping.
+    vpns : int64 array of shape (n_tables,), optional
+        Virtual page number of each table's slot 0: multiples of ptrs_per_pte, ascending. None: no tables.
+    entries : uint64 array of shape (n_tables, ptrs_per_pte), optional
+        One row per table, C-contiguous; used as it is, not copied. None: all slots none.
+    pmd_vpns, pmd_entries : arrays of shape (n_leaves,), optional
+        PMD leaves, the second pool.
+    rss : int64 array of shape (4,), optional
+        Pages by MM_FILEPAGES, MM_ANONPAGES, MM_SWAPENTS, MM_SHMEMPAGES.
+    has_pinned : bool
+        MMF_HAS_PINNED.
+    mm_id : int, optional
+        What MM-ID slots know it by; None: a fresh one.
+    """
+
+    __slots__ = (
+        "entries", "folios", "has_pinned", "layout", "mm_id", "name", "pmd_entries", "pmd_vpns", "rss", "vmas", "vpns",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        layout: PteLayout,
+        folios: FolioTable,
+        *,
+        vmas: Iterable[Vma] = (),
+        vpns: I64 | None = None,
+        entries: U64 | None = None,
+        pmd_vpns: I64 | None = None,
+        pmd_entries: U64 | None = None,
+        rss: I64 | None = None,
+        has_pinned: bool = False,
+        mm_id: int | None = None,
+        name: str = "",
+    ) -> None:
+        self.layout = layout
+        self.folios = folios
+        self.vmas = list(vmas)
+        self.vpns = np.zeros(0, dtype=np.int64) if vpns is None else vpns
+        self.entries = self._none_tables(len(self.vpns)) if entries is None else entries
+        self.pmd_vpns = np.zeros(0, dtype=np.int64) if pmd_vpns is None else pmd_vpns
+        self.pmd_entries = np.zeros(0, dtype=np.uint64) if pmd_entries is None else pmd_entries
+        self.rss = np.zeros(NR_MM_COUNTERS, dtype=np.int64) if rss is None else rss
+        self.has_pinned = has_pinned
+        self.mm_id = folios.new_mm_id() if mm_id is None else mm_id
+        self.name = name
+
+    def _none_tables(self, n: int) -> U64:
+        shape = (n, self.layout.ptrs_per_pte)
+        if self.layout.none_value == 0:
+            return np.zeros(shape, dtype=np.uint64)  # fresh zero pages, touched only when written
+        return np.full(shape, self.layout.none_value, dtype=np.uint64)
+
+    @classmethod
+    def for_vmas(cls, layout: PteLayout, folios: FolioTable, vmas: Sequence[Vma], **kwargs: object) -> Mm:
+        """An address space with an empty table for every stretch a VMA touches."""
+        ptrs, shift = layout.ptrs_per_pte, layout.page_shift
+        rows = [
+            np.arange((vma.start >> shift) // ptrs, ((vma.end >> shift) - 1) // ptrs + 1, dtype=np.int64)
+            for vma in vmas
+        ]
+        vpns = np.unique(np.concatenate(rows)) * ptrs if rows else None
+        return cls(layout, folios, vmas=vmas, vpns=vpns, **kwargs)  # type: ignore[arg-type]
+
+    # --- reading and writing entries ----------------------------------------------------------------------------------
+
+    def rows(self, start: int, end: int) -> tuple[int, int]:
+        """First and one past the last row whose table overlaps bytes ``start..end``."""
+        ptrs, shift = self.layout.ptrs_per_pte, self.layout.page_shift
+        first = int(np.searchsorted(self.vpns, (start >> shift) - ptrs, side="right"))
+        last = int(np.searchsorted(self.vpns, -(-end >> shift), side="left"))
+        return first, max(first, last)
+
+    def _slot(self, addr: int) -> tuple[int, int] | None:
+        vpn = addr >> self.layout.page_shift
+        row = int(np.searchsorted(self.vpns, vpn, side="right")) - 1
+        if row < 0 or vpn - int(self.vpns[row]) >= self.layout.ptrs_per_pte:
+            return None
+        return row, vpn - int(self.vpns[row])
+
+    def pte(self, addr: int) -> int:
+        """The entry of a byte address; the none value where there is no table."""
+        slot = self._slot(addr)
+        return self.layout.none_value if slot is None else int(self.entries[slot])
+
+    def set_pte(self, addr: int, value: int) -> None:
+        """Write one entry; the table must exist (`add_tables`)."""
+        slot = self._slot(addr)
+        if slot is None:
+            raise ArgumentError(f"no page table covers {addr:#x}; add one with add_tables()")
+        self.entries[slot] = value
+
+    def add_tables(self, start: int, end: int) -> None:
+        """Make tables exist for bytes ``start..end``."""
+        ptrs, shift = self.layout.ptrs_per_pte, self.layout.page_shift
+        wanted = np.arange((start >> shift) // ptrs, ((end - 1) >> shift) // ptrs + 1, dtype=np.int64) * ptrs
+        new = np.setdiff1d(wanted, self.vpns)
+        if len(new):
+            vpns = np.concatenate([self.vpns, new])
+            entries = np.concatenate([self.entries, self._none_tables(len(new))])
+            order = np.argsort(vpns)
+            self.vpns, self.entries = vpns[order], np.ascontiguousarray(entries[order])
+
+    def _pages(self, start: int, nr: int) -> tuple[I64, I64]:
+        """(rows, slots) of nr pages from a byte address; row -1 where there is no table."""
+        vpns = np.arange(nr, dtype=np.int64) + (start >> self.layout.page_shift)
+        rows = np.searchsorted(self.vpns, vpns, side="right") - 1
+        slots = np.where(rows < 0, -1, vpns - self.vpns[rows] if len(self.vpns) else -1)
+        rows = np.where((slots < 0) | (slots >= self.layout.ptrs_per_pte), -1, rows)
+        return rows, slots
+
+    def ptes(self, start: int, end: int) -> U64:
+        """Copy of the entries of bytes ``start..end``, uint64; none where there is no table."""
+        nr = (end - start) >> self.layout.page_shift
+        flat = self._flat(start, nr)
+        if flat is not None:
+            return flat.copy()
+        rows, slots = self._pages(start, nr)
+        out = np.full(len(rows), self.layout.none_value, dtype=np.uint64)
+        there = rows >= 0
+        out[there] = self.entries[rows[there], slots[there]]
+        return out
+
+    def fill(self, start: int, values: U64) -> None:
+        """Write consecutive entries from a byte address on; their tables must exist."""
+        flat = self._flat(start, len(values))
+        if flat is not None:
+            flat[...] = values
+            return
+        rows, slots = self._pages(start, len(values))
+        if (rows < 0).any():
+            raise ArgumentError(f"no page table covers part of the range from {start:#x}; use add_tables()")
+        self.entries[rows, slots] = values
+
+    def _flat(self, start: int, nr: int) -> U64 | None:
+        """View of nr consecutive entries where their tables are neighbours in the pool."""
+        slot = self._slot(start)
+        if slot is None or nr <= 0:
+            return None
+        ptrs = self.layout.ptrs_per_pte
+        last = slot[0] + (slot[1] + nr - 1) // ptrs
+        if last >= len(self.vpns) or int(self.vpns[last] - self.vpns[slot[0]]) != (last - slot[0]) * ptrs:
+            return None
+        at = slot[0] * ptrs + slot[1]
+        return self.entries.reshape(-1)[at : at + nr]
+
+    def vma_at(self, addr: int) -> Vma | None:
+        """The VMA that contains a byte address."""
+        return next((vma for vma in self.vmas if vma.start <= addr < vma.end), None)
+
+    # --- checks -------------------------------------------------------------------------------------------------------
+
+    def validate(self, *, entries: bool = False) -> None:
+        """Check shapes, dtypes and order; with `entries`, also that nothing is mapped outside the VMAs.
+
+        Raises
+        ------
+        ArgumentError
+            An array of the wrong dtype, shape or layout.
+        StateError
+            VMAs or tables that overlap or are out of order; entries outside VMAs.
+        """
+        ptrs, shift = self.layout.ptrs_per_pte, self.layout.page_shift
+        shapes = {
+            "vpns": (np.int64, (len(self.vpns),)),
+            "entries": (np.uint64, (len(self.vpns), ptrs)),
+            "pmd_vpns": (np.int64, (len(self.pmd_vpns),)),
+            "pmd_entries": (np.uint64, (len(self.pmd_vpns),)),
+            "rss": (np.int64, (NR_MM_COUNTERS,)),
+        }
+        for name, (dtype, shape) in shapes.items():
+            array = getattr(self, name)
+            if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+                found = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+                raise ArgumentError(f"{name} must be {np.dtype(dtype)}{shape}, not {found}")
+            if not array.flags.c_contiguous:
+                raise ArgumentError(f"{name} must be C-contiguous; pass numpy.ascontiguousarray({name})")
+        for name in ("vpns", "pmd_vpns"):
+            vpns = getattr(self, name)
+            if len(vpns) and (int(vpns[0]) < 0 or (np.diff(vpns) <= 0).any() or (vpns % ptrs).any()):
+                raise StateError(f"{name} must be ascending multiples of {ptrs}")
+        end = 0
+        for vma in self.vmas:
+            if vma.start >> shift << shift != vma.start or vma.end >> shift << shift != vma.end:
+                raise StateError(f"VMA {vma.start:#x}-{vma.end:#x} is not a range of whole pages")
+            if not end <= vma.start < vma.end <= 1 << 63:
+                raise StateError(f"VMA {vma.start:#x}-{vma.end:#x} is empty, overlaps another, or is out of order")
+            if vma.vm_ops not in VM_OPS:
+                raise StateError(f"VMA {vma.start:#x}-{vma.end:#x}: vm_ops must be one of {VM_OPS}, not {vma.vm_ops!r}")
+            end = vma.end
+        if entries and len(self.vpns):
+            used = np.zeros(self.entries.shape, dtype=bool)
+            for vma in self.vmas:
+                first, last = self.rows(vma.start, vma.end)
+                pages = self.vpns[first:last, None] + np.arange(ptrs)
+                used[first:last] |= (pages >= vma.start >> shift) & (pages < vma.end >> shift)
+            stray = (self.entries != self.layout.none_value) & ~used
+            if stray.any():
+                row, idx = np.argwhere(stray)[0]
+                raise StateError(f"an entry at {(int(self.vpns[row]) + int(idx)) << shift:#x} lies outside every VMA")
+
+    def __repr__(self) -> str:
+        return f"<Mm {self.name or self.mm_id}: {len(self.vmas)} VMAs, {len(self.vpns)} page tables>"
+
+
+@dataclass(frozen=True)
+class ForkContext:
+    """What stays the same while fork copies one VMA.
+
+    Attributes
+    ----------
+    layout : PteLayout
+        Configured for the semantics (`PteLayout.configured`).
+    semantics : KernelSemantics
+    folios : FolioTable
+    src_vma, dst_vma : Vma
+        The parent's and the child's.
+    batching : bool
+        False: one entry at a time.
+    has_pinned : bool
+        MMF_HAS_PINNED of the parent.
+    dst_mm_id : int
+        The child's, for MM-ID slots.
+    pfn_without_page : {"error", "as_kernel"}
+    """
+
+    layout: PteLayout
+    semantics: KernelSemantics
+    folios: FolioTable
+    src_vma: Vma
+    dst_vma: Vma
+    batching: bool
+    has_pinned: bool
+    dst_mm_id: int
+    pfn_without_page: PFN_WITHOUT_PAGE = "error"
+
+
+def new_stats(layout: PteLayout) -> I64:
+    """Zeroed counters: int64[len(STAT_FIELDS) + ptrs_per_pte + 1]; the tail is the batch histogram by nr."""
+    return np.zeros(len(STAT_FIELDS) + layout.ptrs_per_pte + 1, dtype=np.int64)
+
+
+def pte_pfns(layout: PteLayout, entries: U64) -> tuple[npt.NDArray[np.bool_], U64]:
+    """Which entries are present, and the PFN of each (meaningless where not present), vectorised."""
+    if layout.kind != arch.KIND_X86:
+        raise ArgumentError(f"{layout.name} is not supported here")
+    present = (entries & np.uint64(layout.present_mask)) != 0
+    value = np.where(entries & np.uint64(layout.valid) != 0, entries, ~entries)
+    return present, (value & np.uint64(layout.pfn_mask)) >> np.uint64(layout.pfn_shift)
+
+
+def account(mm: Mm, *, anon_exclusive: bool | None = None) -> None:
+    """Count every present entry of a new address space into its FolioTable and its rss.
+
+    Parameters
+    ----------
+    mm : Mm
+        Entries written, nothing counted yet.
+    anon_exclusive : bool, optional
+        Mark anonymous pages PG_anon_exclusive: all or none; None marks those mapped by a private VMA that may write.
+
+    Raises
+    ------
+    PfnError
+        A present entry, not special, without a page.
+    """
+    layout, folios = mm.layout, mm.folios
+    for vma in mm.vmas:
+        entries = mm.ptes(vma.start, vma.end)
+        present, pfns = pte_pfns(layout, entries)
+        normal = pfns[present & ((entries & np.uint64(layout.special)) == 0)].astype(np.int64)
+        if not len(normal):
+            continue
+        private = arch.is_cow_mapping(vma.vm_flags)
+        exclusive = private if anon_exclusive is None else anon_exclusive
+        anon = folios.flags(normal, "anon")
+        folios.map_ptes(normal, mm_id=mm.mm_id, anon_exclusive=anon & exclusive)
+        swapbacked = folios.flags(normal, "swapbacked")
+        mm.rss[MM_ANONPAGES] += int(anon.sum())
+        mm.rss[MM_SHMEMPAGES] += int((swapbacked & ~anon).sum())
+        mm.rss[MM_FILEPAGES] += int((~swapbacked & ~anon).sum())
+
+
+def copy_state(mm: Mm) -> Mm:
+    """A deep copy with a FolioTable of its own, for comparing before and after."""
+    return Mm(
+        mm.layout,
+        mm.folios.copy(),
+        vmas=[Vma(**{name: getattr(vma, name) for name in Vma.__slots__}) for vma in mm.vmas],
+        vpns=mm.vpns.copy(),
+        entries=mm.entries.copy(),
+        pmd_vpns=mm.pmd_vpns.copy(),
+        pmd_entries=mm.pmd_entries.copy(),
+        rss=mm.rss.copy(),
+        has_pinned=mm.has_pinned,
+        mm_id=mm.mm_id,
+        name=mm.name,
+    )
+
+
+def digest(mms: Sequence[Mm], folios: FolioTable, semantics: KernelSemantics) -> str:
+    """BLAKE2b over the logical state of address spaces and their memmap, as 64 hex digits.
+
+    Covers, for each Mm in the order given, its non-none entries as sorted (vpn, entry) pairs of both pools and its
+    rss; for each page (PFN, mapcount, anon-exclusive); for each folio its counters. Counters a kernel version does not
+    keep (large mapcount, MM-ID slots) are left out under it. Storage (rows, sections, capacity) does not matter.
+    """
+    hasher = hashlib.blake2b(digest_size=32)
+
+    def update(*arrays: npt.NDArray[np.generic]) -> None:
+        for array in arrays:
+            hasher.update(len(array).to_bytes(8, "little"))
+            hasher.update(np.ascontiguousarray(array).astype("<u8", copy=False).tobytes())
+
+    for mm in mms:
+        row, idx = np.nonzero(mm.entries != np.uint64(mm.layout.none_value))
+        update(mm.vpns[row] + idx, mm.entries[row, idx], mm.pmd_vpns, mm.pmd_entries, mm.rss)
+    table = folios.pages_table()
+    words, pfns, aux = table["word"], table["pfn"], table["aux"]
+    pages = words & np.uint64(f.MAX_MAPCOUNT | 1 << f.AE_BIT | 1 << f.HWPOISON_BIT)
+    if semantics.config.no_page_mapcount:
+        small = words >> np.uint64(f.ORDER_SHIFT) & np.uint64((1 << f.ORDER_BITS) - 1) == 0
+        pages = np.where(small, pages, pages & ~np.uint64(f.MAX_MAPCOUNT))
+    update(pfns, pages)
+    order = words >> np.uint64(f.ORDER_SHIFT) & np.uint64((1 << f.ORDER_BITS) - 1)
+    offset = pfns.astype(np.uint64) & ((np.uint64(1) << order) - np.uint64(1))
+    head = offset == 0
+    state = words >> np.uint64(f.COUNTER_SHIFT) & ~np.uint64(1 << (f.AE_BIT - f.COUNTER_SHIFT))
+    state &= ~np.uint64(1 << (f.HWPOISON_BIT - f.COUNTER_SHIFT))
+    update(pfns[head], state[head], table["pincount"][head])
+    counter = words >> np.uint64(f.COUNTER_SHIFT) & np.uint64(f.MAX_COUNTER)
+    if semantics.large_mapcount:
+        update(counter[offset == 1])
+    update(counter[offset == 2])
+    if semantics.mm_id:
+        slots = (offset < 2) & (order > 0)
+        update(aux[slots] & np.uint64(1 << f.AUX_SHARED_BIT | (1 << f.AUX_COUNT_BITS + f.AUX_ID_BITS) - 1))
+    return hasher.hexdigest()

@@ -7,6 +7,7 @@ reads.  Each message names the argument and says what was expected.
 from __future__ import annotations
 
 import operator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +131,7 @@ def check_span(idx: Any, end: Any, layout: PteLayout) -> tuple[int, int]:
 def check_no_overlap(**arrays: np.ndarray) -> None:
     """Refuse arrays that share bytes (each already checked to be contiguous)."""
     spans = sorted((a.__array_interface__["data"][0], a.nbytes, name) for name, a in arrays.items() if a.nbytes)
-    for (start, nbytes, name), (next_start, _, next_name) in zip(spans, spans[1:], strict=False):
+    for (start, nbytes, name), (next_start, _, next_name) in pairwise(spans):
         if start + nbytes > next_start:
             raise ArgumentError(f"{name} and {next_name} overlap in memory; they must be separate arrays")
 

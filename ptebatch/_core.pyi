@@ -40,7 +40,7 @@ def py_copy_present_ptes(
     rss: I64,
     stats: I64,
     prealloc: int | None,
-) -> tuple[int, bool, int]: ...
+) -> tuple[int, bool, int, bool]: ...
 def py_copy_page_range(
     dst: U64,
     src: U64,
@@ -60,7 +60,7 @@ def py_copy_page_range(
     rss: I64,
     stats: I64,
     state: I64,
-) -> tuple[int, int]: ...
+) -> tuple[int, int, bool]: ...
 def py_check_range(
     table: U64,
     vpns: I64,

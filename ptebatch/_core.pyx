@@ -9,8 +9,9 @@ Design note
 * Page tables are typed memoryviews, addressed by (row, idx): an entry's index in its table is part of its meaning.
   The memmap is reached through ``memmap``, raw pointers with their lengths: those indices come from page-table
   *contents*, so they are checked in every build, not only in the bounds-checked one.
-* Counts cannot overflow their bit field: a page whose count has reached the limit bit stops the walk with
-  ``E_OVERFLOW`` while the field still has room for one more batch.
+* Counts cannot overflow their bit field. A folio's counters are checked before they change. The mapcounts of a large
+  folio's pages are checked beforehand only where some count of the memmap is near the limit (``near_limit``, which the
+  walk itself sets early enough); the common walk reads every page once.
 * Counters that others imply (batches, single and batched entries, reference and rmap operations) are derived from
   the batch histogram when a call ends, so the loop itself counts little.
 * Order-0 folios run the same code in batched and in single mode.
@@ -105,10 +106,11 @@ ctypedef struct copy_rules:
     uint64_t copy_mc             # copying a poisoned page fails with -EHWPOISON
     uint64_t dst_mm_id
     uint64_t as_kernel           # a PFN without a page is vm_normal_page() == NULL, not an error
+    uint64_t near_limit          # some mapcount in the memmap is within reach of its limit
 
 RULE_FIELDS = ("batching", "cow", "shared", "src_shadow_stack", "respect_dirty", "respect_soft_dirty", "fpb_clamp",
                "dst_uffd_wp", "dst_write", "dst_shadow_stack", "dst_prot", "has_pinned", "large_mapcount", "mm_id",
-               "page_mapcount", "copy_mc", "dst_mm_id", "as_kernel")
+               "page_mapcount", "copy_mc", "dst_mm_id", "as_kernel", "near_limit")
 
 # Where each counter lives in the stats array; the batch histogram follows, indexed by nr.
 cdef enum:
@@ -156,6 +158,7 @@ ctypedef struct walk:
     uint64_t fail_pfn
     int64_t *stats
     int64_t *rss
+    uint64_t mapcounts   # OR of the mapcounts met in large folios
 
 cdef uint64_t NO_PFN = ~<uint64_t>0
 
@@ -276,11 +279,6 @@ cdef inline Py_ssize_t word_order(uint64_t w) noexcept nogil:
     return (w >> ORDER_SHIFT_) & ((ONE << ORDER_BITS_) - 1)
 
 
-cdef inline bint at_limit(uint64_t w) noexcept nogil:
-    # The top bit of either count field: the limit that leaves room for one more batch.
-    return (w & ((ONE << (MAPCOUNT_BITS_ - 1)) | (ONE << (COUNTER_SHIFT_ + COUNTER_BITS_ - 1)))) != 0
-
-
 cdef inline int rss_counter(uint64_t w) noexcept nogil:
     # mm_counter(folio): MM_ANONPAGES, MM_SHMEMPAGES or MM_FILEPAGES
     if w >> ANON_BIT_ & 1:
@@ -373,9 +371,10 @@ cdef inline Py_ssize_t set_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize
 
 
 cdef inline bint folio_maybe_dma_pinned(const memmap *M, Py_ssize_t head, uint64_t w) noexcept nogil:
+    # A small folio is judged by its references, and fork has taken its own before it asks.
     if word_order(w):
         return M.words[head] >> PINNED_BIT_ & 1
-    return word_counter(w) >= GUP_PIN_COUNTING_BIAS
+    return word_counter(w) + 1 >= GUP_PIN_COUNTING_BIAS
 
 
 cdef inline void folio_add_mm_mapping(const memmap *M, Py_ssize_t head, uint64_t mm, uint64_t nr,
@@ -397,15 +396,40 @@ cdef inline void folio_add_mm_mapping(const memmap *M, Py_ssize_t head, uint64_t
         slot[0] |= ONE << AUX_SHARED_BIT_
 
 
+cdef inline bint folio_is_full(const memmap *M, Py_ssize_t page, Py_ssize_t head, Py_ssize_t nr, bint large, bint mm_id,
+                               const copy_rules *R) noexcept nogil:
+    """Whether nr more mappings would take a count out of its field."""
+    cdef uint64_t room = ((ONE << COUNTER_BITS_) - 1) - <uint64_t>nr
+    cdef uint64_t most = (ONE << MAPCOUNT_BITS_) - 1
+    cdef uint64_t count_mask = (ONE << AUX_COUNT_BITS_) - 1
+    cdef Py_ssize_t k
+    if word_counter(M.words[head]) > room:
+        return True
+    if not large:
+        return word_mapcount(M.words[page]) == most
+    if R.large_mapcount and word_counter(M.words[head + 1]) > room:
+        return True
+    if mm_id and (M.aux[head] & count_mask > room or M.aux[head + 1] & count_mask > room):
+        return True
+    if R.near_limit and R.page_mapcount:
+        for k in range(page, page + nr):
+            if word_mapcount(M.words[k]) == most:
+                return True
+    return False
+
+
 cdef inline Py_ssize_t folio_dup_ptes(const memmap *M, Py_ssize_t page, Py_ssize_t head, Py_ssize_t nr,
                                       const copy_rules *R, walk *W) noexcept nogil:
     """Reference and rmap work for nr pages of one folio: folio_ref_add() with folio_try_dup_anon_rmap_ptes() or
     folio_dup_file_rmap_ptes(). Returns 0, -EAGAIN (pinned and exclusive; nothing changed) or E_OVERFLOW."""
     cdef uint64_t *words = M.words
-    cdef uint64_t w = words[page], exclusive = 0, limit = 0, total
+    cdef uint64_t w = words[page], exclusive = 0, mapcounts = 0
     cdef uint64_t clear = 0, add
     cdef bint large = word_order(w) != 0
+    cdef bint mm_id = large and R.mm_id and not w >> HUGETLB_BIT_ & 1
     cdef Py_ssize_t k
+    if folio_is_full(M, page, head, nr, large, mm_id, R):
+        return E_OVERFLOW
     if w >> ANON_BIT_ & 1:
         clear = ONE << AE_BIT_
         if R.has_pinned and not w >> DEVICE_BIT_ & 1 and folio_maybe_dma_pinned(M, head, w):
@@ -414,29 +438,25 @@ cdef inline Py_ssize_t folio_dup_ptes(const memmap *M, Py_ssize_t page, Py_ssize
             if exclusive & clear:
                 return -EAGAIN
             exclusive = 0
+    W.rss[rss_counter(w)] += nr
     if not large:
         words[page] = (w & ~clear) + (ONE << COUNTER_SHIFT_) + 1
         W.stats[S_ANON_EXCLUSIVE_CLEARED] += (w & clear) != 0
-        W.rss[rss_counter(w)] += 1
-        return E_OVERFLOW if at_limit(w) else 0
+        return 0
     add = R.page_mapcount
     for k in range(page, page + nr):
         w = words[k]
         exclusive += (w & clear) >> AE_BIT_
-        limit |= w
+        mapcounts |= w
         words[k] = (w & ~clear) + add
-    limit &= (ONE << MAPCOUNT_BITS_) - 1
+    W.mapcounts |= mapcounts
     W.stats[S_ANON_EXCLUSIVE_CLEARED] += <int64_t>exclusive
-    W.rss[rss_counter(w)] += nr
-    limit |= words[head]
     words[head] += <uint64_t>nr << COUNTER_SHIFT_
     if R.large_mapcount:
-        limit |= words[head + 1]
         words[head + 1] += <uint64_t>nr << COUNTER_SHIFT_
-        if R.mm_id and not w >> HUGETLB_BIT_ & 1:
-            total = word_counter(words[head + 1])
-            folio_add_mm_mapping(M, head, R.dst_mm_id, nr, total)
-    return E_OVERFLOW if at_limit(limit) else 0
+        if mm_id:
+            folio_add_mm_mapping(M, head, R.dst_mm_id, nr, word_counter(words[head + 1]))
+    return 0
 
 
 cdef inline Py_ssize_t copy_present_page(uint64_t[:, ::1] dst, Py_ssize_t drow, Py_ssize_t idx, uint64_t pte,
@@ -624,11 +644,13 @@ cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, P
             continue
         nr = 1
         write = pte_write(L, pte)
-        if batching and end - idx > 1 and not pte & L.special:
+        if batching:
             pfn = pte_pfn(L, pte)
-            page = page_index(M, pfn)
+            page = -1 if pte & L.special else page_index(M, pfn)
             w = M.words[page] if page >= 0 else 0
-            if w >> VALID_BIT_ and word_order(w):
+            if not w >> VALID_BIT_:
+                stats[S_SPECIAL_PTES] += 1
+            elif word_order(w) and end - idx > 1:
                 head = folio_head(M, page, pfn, w)
                 if head < 0:
                     at[0] = idx
@@ -671,6 +693,11 @@ cdef memmap view_memmap(uint64_t[::1] words, uint64_t[::1] aux, const int32_t[::
     M.top = &top[0] if M.nr_top else NULL
     M.sub = &sub[0] if M.nr_sub else NULL
     return M
+
+
+cdef bint near_limit(const walk *W):
+    # The two top bits: one call would have to map one page 2^22 times to outrun this.
+    return W.mapcounts >> (MAPCOUNT_BITS_ - 2) & 3 != 0
 
 
 cdef int check_stats(int64_t[::1] stats, Py_ssize_t nr_slots) except -1:
@@ -722,7 +749,7 @@ def py_copy_present_ptes(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not
                          uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
                          const int32_t[::1] sub not None, int64_t[::1] rss not None, int64_t[::1] stats not None,
                          object prealloc):
-    """(result, whether the preallocated page was used, failing PFN)"""
+    """(result, whether the preallocated page was used, failing PFN, whether a mapcount is near its limit)"""
     cdef pte_layout L
     cdef copy_rules R
     cdef batch_scan B
@@ -737,19 +764,19 @@ def py_copy_present_ptes(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not
         raise ValueError("index out of range")
     W.prealloc = NO_PFN if prealloc is None else prealloc
     W.fail_pfn = NO_PFN
+    W.mapcounts = 0
     W.stats = &stats[0]
     W.rss = &rss[0]
     with nogil:
         scan_rules(&L, &B, R.respect_dirty != 0, R.respect_soft_dirty != 0, False)
         B.clamp = R.fpb_clamp != 0
         pte = src[0, idx]
-        W.stats[S_PTEP_GET] += 1
         if pte_none(&L, pte) or not pte_present(&L, pte):
             ret = E_UNSUPPORTED
         else:
             ret = copy_present_ptes(dst, 0, src, 0, idx, pte, max_nr if R.batching else 1, &L, &R, &M, &B, &W)
         derive_stats(W.stats, nr_hist)
-    return ret, prealloc is not None and W.prealloc == NO_PFN, W.fail_pfn
+    return ret, prealloc is not None and W.prealloc == NO_PFN, W.fail_pfn, near_limit(&W)
 
 
 def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not None, const int64_t[::1] vpns not None,
@@ -761,7 +788,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     """Copy virtual pages start..end (page numbers) of nr_rows tables.
 
     state is [row, idx, pages used of the pool]: where to go on after E_PREALLOC, and where the walk stopped.
-    Returns (0, -EHWPOISON or an E_ code; failing PFN).
+    Returns (0, -EHWPOISON or an E_ code; failing PFN; whether a mapcount is near its limit).
     """
     cdef pte_layout L
     cdef copy_rules R
@@ -780,6 +807,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
         raise ValueError("rows out of range")
     W.prealloc = NO_PFN
     W.fail_pfn = NO_PFN
+    W.mapcounts = 0
     W.stats = &stats[0]
     W.rss = &rss[0]
     with nogil:
@@ -802,7 +830,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
         state[0] = row
         state[1] = at
         state[2] = used
-    return ret, W.fail_pfn
+    return ret, W.fail_pfn, near_limit(&W)
 
 
 def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpns not None, Py_ssize_t first_row,

@@ -7,6 +7,7 @@ the kernel sources of each.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from errno import ENOMEM
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -81,6 +82,7 @@ def _rule_words(ctx: ForkContext) -> U64:
         "copy_mc": semantics.copy_mc,
         "dst_mm_id": ctx.dst_mm_id,
         "as_kernel": ctx.pfn_without_page == "as_kernel",
+        "near_limit": ctx.folios._near_limit,
     }
     return np.array([int(rules[name]) for name in _core.RULE_FIELDS], dtype=np.uint64)
 
@@ -183,15 +185,19 @@ def copy_present_ptes(
     idx = checks.check_idx(idx, ctx.layout)
     max_nr = checks.check_nr("max_nr", max_nr, idx, ctx.layout)
     checks.check_prealloc(prealloc)
-    ctx.folios._ensure_sections(prealloc)
-    ret, used, pfn = _core.py_copy_present_ptes(
+    pte = int(src[idx])
+    if arch.pte_none(ctx.layout, pte):
+        raise ArgumentError(f"slot {idx} of src is empty; copy_present_ptes needs a present entry")
+    ctx.folios._prepare_pages(prealloc)
+    ret, used, pfn, near_limit = _core.py_copy_present_ptes(
         dst.reshape(1, -1), src.reshape(1, -1), idx, max_nr, _layout_words(ctx.layout), _rule_words(ctx),
         *_memmap(ctx.folios), rss, stats, prealloc[0] if prealloc else None,
     )  # fmt: skip
+    ctx.folios._walked(prealloc if used else [], near_limit)
     if used:
-        ctx.folios._page_used(prealloc.pop())
-    if ret <= min(_core.RESULTS.values()) or ret in _core.RESULTS.values():
-        _raise(ret, ctx.layout, int(src[idx]), None, pfn)
+        prealloc.clear()
+    if ret in _core.RESULTS.values():
+        _raise(ret, ctx.layout, pte, None, pfn)
     return int(ret)
 
 
@@ -212,13 +218,11 @@ def _copy(
     state = np.zeros(3, dtype=np.int64)
     pool = np.empty(0, dtype=np.uint64)
     while True:
-        try:
-            ret, pfn = _core.py_copy_page_range(
-                dst, src, vpns, dst_row, src_row, nr_rows, start, end, layout, rules, *_memmap(ctx.folios), pool,
-                rss, stats, state,
-            )  # fmt: skip
-        finally:
-            ctx.folios._pages_used(pool[: state[2]])
+        ret, pfn, near_limit = _core.py_copy_page_range(
+            dst, src, vpns, dst_row, src_row, nr_rows, start, end, layout, rules, *_memmap(ctx.folios), pool, rss,
+            stats, state,
+        )  # fmt: skip
+        ctx.folios._walked(pool[: state[2]], near_limit)
         if ret != _core.RESULTS["E_PREALLOC"]:
             break
         pool = ctx.folios.reserve(max(MIN_POOL, 2 * len(pool)))
@@ -241,7 +245,9 @@ def copy_pte_range(ctx: ForkContext, dst: U64, src: U64, idx: int, end: int, rss
 def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64) -> int:
     """Copy all tables of a VMA in one call of the core; see :func:`ptebatch.reference.copy_page_range`."""
     checks.check_context(ctx)
+    checks.check_mms(dst_mm=dst_mm, src_mm=src_mm)
     checks.check_stats(stats, ctx.layout)
+    checks.refuse_large_leaves(src_mm, ctx.src_vma)
     checks.check_array("src_mm.entries", src_mm.entries, np.uint64, (len(src_mm.vpns), ctx.layout.ptrs_per_pte), True)
     checks.check_array("dst_mm.entries", dst_mm.entries, np.uint64, (len(dst_mm.vpns), ctx.layout.ptrs_per_pte), True)
     checks.check_no_overlap(dst_entries=dst_mm.entries, src_entries=src_mm.entries, stats=stats, rss=dst_mm.rss)
@@ -249,20 +255,27 @@ def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64) -> int
     first, last = src_mm.rows(vma.start, vma.end)
     dst_first, dst_last = dst_mm.rows(vma.start, vma.end)
     if not np.array_equal(src_mm.vpns[first:last], dst_mm.vpns[dst_first:dst_last]):
-        raise ArgumentError(f"dst_mm lacks tables that src_mm has in {vma.start:#x}-{vma.end:#x}")
+        lacking = np.setdiff1d(src_mm.vpns[first:last], dst_mm.vpns)
+        raise StateError(
+            f"the child has no page table for address {int(lacking[0]) << shift:#x}; add it before copying"
+            if len(lacking)
+            else f"the child has page tables in {vma.start:#x}-{vma.end:#x} that the parent lacks"
+        )
     rows = (dst_first, first, last - first)
-    return _copy(
+    ret = _copy(
         ctx, dst_mm.entries, src_mm.entries, src_mm.vpns, rows, vma.start >> shift, vma.end >> shift, dst_mm.rss, stats
     )
+    return -ENOMEM if ret else 0
 
 
-def check_range(mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str) -> None:
+def check_range(mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str = "error") -> None:
     """The read-only pass before a fork; see :func:`ptebatch.reference.check_range`."""
     checks.check_pfn_without_page(pfn_without_page)
     checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), False)
     layout, memmap = _layout_words(mm.layout), _memmap(mm.folios)
     shift = mm.layout.page_shift
     for vma in vmas:
+        checks.refuse_large_leaves(mm, vma)
         first, last = mm.rows(vma.start, vma.end)
         ret, vpn, pfn = _core.py_check_range(
             mm.entries, mm.vpns, first, last - first, vma.start >> shift, vma.end >> shift, layout, *memmap,
@@ -283,14 +296,18 @@ def wrprotect_range(
     checks.check_no_overlap(entries=mm.entries, stats=stats)
     layout = _configured(mm.layout, semantics)
     shift = layout.page_shift
-    first, last = mm.rows(start, end)
-    ret, vpn = _core.py_wrprotect_range(
-        mm.entries, mm.vpns, first, last - first, start >> shift, end >> shift, batching, semantics.fpb_clamp,
-        _layout_words(layout), *_memmap(mm.folios), stats,
-    )  # fmt: skip
-    if ret:
-        entry = mm.pte(vpn << shift)
-        _raise(ret, layout, entry, vpn << shift, arch.pte_pfn(layout, entry))
+    for vma in mm.vmas:
+        low, high = max(start, vma.start), min(end, vma.end)
+        if low >= high:
+            continue
+        first, last = mm.rows(low, high)
+        ret, vpn = _core.py_wrprotect_range(
+            mm.entries, mm.vpns, first, last - first, low >> shift, high >> shift, batching, semantics.fpb_clamp,
+            _layout_words(layout), *_memmap(mm.folios), stats,
+        )  # fmt: skip
+        if ret:
+            entry = mm.pte(vpn << shift)
+            _raise(ret, layout, entry, vpn << shift, arch.pte_pfn(layout, entry))
 
 
 def apply_helper(layout: PteLayout, name: str, values: U64, arg: int = 0) -> U64:
@@ -304,7 +321,7 @@ def apply_helper(layout: PteLayout, name: str, values: U64, arg: int = 0) -> U64
     values : numpy.ndarray
         uint64[n]: entries (PFNs for ``mk_pte``).
     arg : int
-        n for ``pte_advance_pfn``, the protection for ``mk_pte``.
+        n for ``pte_advance_pfn``, the protection for ``mk_pte``, the VMA's flags for ``pte_mkwrite``.
 
     Returns
     -------
@@ -313,8 +330,10 @@ def apply_helper(layout: PteLayout, name: str, values: U64, arg: int = 0) -> U64
     """
     checks.check_layout(layout)
     if name not in HELPERS:
-        raise ArgumentError(f"no helper {name!r}; there are {', '.join(HELPERS)}")
+        raise ArgumentError(f"name must be a pte helper ({', '.join(HELPERS)}), not {name!r}")
     checks.check_array("values", values, np.uint64, None, False)
+    if name == "pte_mkwrite" and checks.check_u64("arg", arg) & arch.VM_SHADOW_STACK:
+        name = "pte_mkwrite_shstk"
     out = np.empty_like(values)
     _core.py_apply_helper(HELPERS[name], values, checks.check_u64("arg", arg), out, _layout_words(layout))
     return out

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptebatch import arch
-from ptebatch.errors import ArgumentError, ForkError, UnsupportedEntryError
+from ptebatch.errors import ArgumentError, ForkError
 from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma, new_stats
 from ptebatch.protect import resolve_batching, resolve_impl
 from ptebatch.semantics import LATEST, KernelSemantics
@@ -189,11 +189,6 @@ class ForkPlan:
             if src_vma.vm_flags & arch.VM_WIPEONFORK or not vma_needs_copy(dst_vma, src_vma, semantics):
                 self._skipped += 1
                 continue
-            if src_vma.vm_ops == "hugetlb":
-                raise UnsupportedEntryError(f"{src_vma.start:#x}: a hugetlb VMA, which fork does not model yet")
-            leaf = mm.first_pmd_leaf(src_vma.start, src_vma.end)
-            if leaf is not None:
-                raise UnsupportedEntryError(f"{leaf:#x}: a PMD leaf, which fork does not model yet")
             self.contexts.append(
                 ForkContext(
                     layout=layout,

@@ -1,0 +1,253 @@
+"""Generated address spaces, aimed at the edges of batching.
+
+A case is plain data (`Case`), so that it prints, shrinks, and can be built twice: once for the core and once for the
+reference. VMAs are short and sit around the end of a page table; folios are mapped whole, in part, misaligned, twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from hypothesis import strategies as st
+
+from ptebatch import arch
+from ptebatch.arch import X86_64, PteLayout
+from ptebatch.folio import FolioTable
+from ptebatch.mm import Mm, Vma
+from ptebatch.semantics import PRESETS, KernelSemantics
+
+L = X86_64
+TABLE_END = 7 * L.ptrs_per_pte  # virtual page number; VMAs straddle it
+FIRST_PFN = 1 << 14
+MAX_ORDER = 6
+
+
+@dataclass(frozen=True)
+class FolioSpec:
+    """One folio; masks are over its pages."""
+
+    order: int
+    anon: bool = True
+    swapbacked: bool = True
+    exclusive: int = 0
+    poisoned: int = 0
+    pinned: bool = False
+    extra_refs: int = 0
+    device: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """Entries that map consecutive pages of a folio, or holes (folio -1), or special entries (folio -2)."""
+
+    folio: int
+    first: int
+    nr: int
+    bits: int
+    toggles: tuple[tuple[int, int], ...] = ()  # (offset in the run, bits flipped there)
+    protnone: bool = False
+
+
+@dataclass(frozen=True)
+class VmaSpec:
+    start: int  # virtual page number
+    nr: int
+    vm_flags: int
+    anon_vma: bool
+    uffd_event_fork: bool
+    runs: tuple[Run, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    folios: tuple[FolioSpec, ...]
+    vmas: tuple[VmaSpec, ...]
+    has_pinned: bool
+    raw: tuple[tuple[int, int], ...] = field(default=())  # (vma-relative page, value) written as is
+
+
+BASE = L.valid | L.user
+BITS = (L.write, L.young, L.dirty, L.saved_dirty, L.soft_dirty, L.uffd_wp, L.nx, 1 << 59, 1 << 3, 1 << 57)
+COMMON_BITS = st.sampled_from(
+    (
+        L.write | L.young | L.dirty,
+        L.write | L.young | L.dirty | L.soft_dirty,
+        L.young | L.saved_dirty,
+        L.young,
+        0,
+        L.write,
+        L.young | L.uffd_wp,
+        L.dirty,  # read-only with D: not canonical, but copied all the same
+    )
+)
+PRIVATE = arch.VM_READ | arch.VM_WRITE | arch.VM_MAYREAD | arch.VM_MAYWRITE
+SHARED = PRIVATE | arch.VM_SHARED | arch.VM_MAYSHARE
+VM_FLAGS = st.sampled_from(
+    (
+        PRIVATE,
+        PRIVATE,
+        PRIVATE,
+        PRIVATE & ~arch.VM_WRITE,
+        arch.VM_READ | arch.VM_MAYREAD,
+        arch.VM_READ | arch.VM_WRITE | arch.VM_MAYREAD,
+        SHARED,
+        SHARED & ~arch.VM_WRITE,
+        PRIVATE | arch.VM_SHADOW_STACK,
+        PRIVATE | arch.VM_PFNMAP,
+        SHARED | arch.VM_MIXEDMAP,
+        arch.VM_MAYREAD | arch.VM_MAYWRITE,  # PROT_NONE
+    )
+)
+EXTRA_VM_FLAGS = st.sampled_from(
+    (0, 0, 0, arch.VM_UFFD_WP, arch.VM_SOFTDIRTY, arch.VM_DONTCOPY, arch.VM_WIPEONFORK, arch.VM_LOCKED, 0x800)
+)
+
+
+@st.composite
+def folio_specs(draw: st.DrawFn) -> FolioSpec:
+    order = draw(st.integers(0, MAX_ORDER))
+    whole = (1 << (1 << order)) - 1
+    anon = draw(st.booleans()) or draw(st.booleans())
+    mask = st.sampled_from((whole, whole, 0)) | st.integers(0, whole)
+    return FolioSpec(
+        order=order,
+        anon=anon,
+        swapbacked=anon or draw(st.booleans()),
+        exclusive=draw(mask) if anon else 0,
+        poisoned=draw(st.sampled_from((0, 0, 0, whole)) | st.just(1)) if draw(st.integers(0, 9)) == 0 else 0,
+        pinned=draw(st.integers(0, 3)) == 0,
+        extra_refs=draw(st.sampled_from((0, 0, 1, 5, 1022, 1023, 1024))),
+        device=anon and draw(st.integers(0, 9)) == 0,
+    )
+
+
+@st.composite
+def runs(draw: st.DrawFn, folios: tuple[FolioSpec, ...], room: int) -> Run:
+    kind = draw(st.integers(0, 11))
+    if kind == 0:
+        return Run(-1, 0, draw(st.integers(1, min(room, 8))), 0)
+    if kind == 1:
+        return Run(-2, draw(st.integers(0, 63)), draw(st.integers(1, min(room, 3))), draw(COMMON_BITS))
+    which = draw(st.integers(0, len(folios) - 1))
+    pages = 1 << folios[which].order
+    first = draw(st.just(0) | st.integers(0, pages - 1))
+    most = min(pages - first, room)
+    nr = draw(st.just(most) | st.integers(1, most))
+    toggles = draw(
+        st.just(()) | st.lists(st.tuples(st.integers(0, nr - 1), st.sampled_from(BITS)), max_size=4).map(tuple)
+    )
+    return Run(which, first, nr, draw(COMMON_BITS), toggles, draw(st.integers(0, 7)) == 0)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    folios = tuple(draw(st.lists(folio_specs(), min_size=1, max_size=4)))
+    vmas: list[VmaSpec] = []
+    start = TABLE_END - draw(st.integers(0, 40))
+    for _ in range(draw(st.integers(1, 3))):
+        start += draw(st.sampled_from((0, 0, 1, 5)))
+        nr = draw(st.integers(1, 48))
+        own: list[Run] = []
+        used = 0
+        while used < nr and draw(st.integers(0, 15)):
+            own.append(draw(runs(folios, nr - used)))
+            used += own[-1].nr
+        vmas.append(
+            VmaSpec(
+                start,
+                nr,
+                draw(VM_FLAGS) | draw(EXTRA_VM_FLAGS),
+                draw(st.integers(0, 7)) != 0,
+                draw(st.booleans()),
+                tuple(own),
+            )
+        )
+        start += nr
+    return Case(folios, tuple(vmas), draw(st.booleans()))
+
+
+@st.composite
+def kernels(draw: st.DrawFn) -> KernelSemantics:
+    semantics = PRESETS[draw(st.sampled_from(sorted(PRESETS)))]
+    config = replace(
+        semantics.config,
+        mem_soft_dirty=draw(st.booleans()),
+        x86_shstk=draw(st.integers(0, 3)) == 0,
+        no_page_mapcount=semantics.mm_id and draw(st.integers(0, 3)) == 0,
+    )
+    return replace(semantics, config=config)
+
+
+def entry(layout: PteLayout, pfn: int, run: Run, k: int) -> int:
+    """The value of entry k of a run that maps `pfn`."""
+    bits = BASE | run.bits
+    for at, flip in run.toggles:
+        if at == k:
+            bits ^= flip
+    if run.protnone:
+        bits = (bits & ~(layout.valid | layout.user)) | layout.protnone
+    return arch.mk_pte(layout, pfn, bits)
+
+
+def build(case: Case, layout: PteLayout = X86_64) -> Mm:
+    """Make the address space: counts are those of its own mappings plus what the case adds."""
+    folios = FolioTable()
+    heads: list[int] = []
+    pfn = FIRST_PFN
+    for spec in case.folios:
+        pages = 1 << spec.order
+        pfn = -(-pfn // pages) * pages + pages  # one folio's room between neighbours of the same order
+        heads.append(pfn)
+        mapcount = [0] * pages
+        for vma in case.vmas:
+            for run in vma.runs:
+                if run.folio == len(heads) - 1:
+                    for k in range(run.nr):
+                        mapcount[run.first + k] += 1
+        total = sum(mapcount)
+        folios.add(
+            pfn,
+            spec.order,
+            anon=spec.anon,
+            swapbacked=spec.swapbacked,
+            device=spec.device,
+            refcount=total + spec.extra_refs,
+            mapcount=mapcount,
+            large_mapcount=total if spec.order else None,
+            anon_exclusive=[bool(spec.exclusive >> k & 1) for k in range(pages)],
+            pincount=int(spec.pinned) if spec.order else 0,
+        )
+        for k in range(pages):
+            if spec.poisoned >> k & 1:
+                folios.page(pfn + k).hwpoison = True
+        pfn += pages
+    vmas = [
+        Vma(
+            start=spec.start << layout.page_shift,
+            end=(spec.start + spec.nr) << layout.page_shift,
+            vm_flags=spec.vm_flags,
+            anon_vma=spec.anon_vma,
+            uffd_event_fork=spec.uffd_event_fork,
+        )
+        for spec in case.vmas
+    ]
+    mm = Mm.for_vmas(layout, folios, vmas)
+    mm.has_pinned = case.has_pinned
+    for spec in case.vmas:
+        vpn = spec.start
+        for run in spec.runs:
+            for k in range(run.nr):
+                if run.folio == -2:
+                    value = arch.pte_mkspecial(layout, arch.mk_pte(layout, run.first + k, BASE | run.bits))
+                elif run.folio >= 0:
+                    value = entry(layout, heads[run.folio] + run.first + k, run, k)
+                else:
+                    value = layout.none_value
+                mm.set_pte((vpn + k) << layout.page_shift, value)
+            vpn += run.nr
+    for at, spec in enumerate(case.folios):
+        if spec.order:
+            mapped = sum(run.nr for vma in case.vmas for run in vma.runs if run.folio == at)
+            if mapped:
+                folios.folio(heads[at]).set_mm_ids(((mm.mm_id, mapped), (0, 0)))
+    return mm

@@ -25,7 +25,7 @@ from ptebatch import arch, checks
 from ptebatch.arch import PteLayout
 from ptebatch.checks import BatchResult
 from ptebatch.errors import ArgumentError, PfnError, StateError, UnsupportedEntryError
-from ptebatch.folio import Folio, FolioTable
+from ptebatch.folio import MAX_COUNTER, MAX_MAPCOUNT, Folio, FolioTable
 from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, STAT_FIELDS, ForkContext, Mm, Vma
 from ptebatch.semantics import (
     FPB_IGNORE_DIRTY,
@@ -52,8 +52,6 @@ __all__ = [
 ]
 
 EHWPOISON = 133  # Linux's number; the errno module lacks it in most versions of Python
-MAX_MAPCOUNT = (1 << 24) - 1
-MAX_COUNTER = (1 << 26) - 1
 
 _STAT = {name: position for position, name in enumerate(STAT_FIELDS)}
 

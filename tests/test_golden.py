@@ -144,7 +144,7 @@ def snapshot(folios: FolioTable, head: int) -> list[Any]:
     pages = [folios.page(pfn) for pfn in range(head, head + folio.nr_pages)]
     return [
         *(folio.refcount, folio.large_mapcount, folio.entire_mapcount, folio.pincount),
-        *(folio.mm_ids, folio.maybe_mapped_shared if folio.order else None),
+        *((folio.mm_ids, folio.maybe_mapped_shared) if folio.order else ()),
         *((page.mapcount, page.anon_exclusive, page.hwpoison) for page in pages),
     ]
 

@@ -354,6 +354,16 @@ def test_wrprotect_range_counts(impl, kernel):
     ]
 
 
+@pytest.mark.parametrize("kernel", [V6_9, V6_18])
+def test_wrprotect_range_asks_every_entry_of_a_batch(impl, kernel):
+    """Entry 0 is read-only, a later one is not."""
+    parent = space(Vma(TABLE, TABLE + (3 << 12), COW))
+    fill(parent, TABLE, [pte(HEAD, 0x25), pte(HEAD + 1, 0x25), pte(HEAD + 2, 0x27)])
+    count = wrprotect(impl, parent, TABLE, TABLE + (3 << 12), True, kernel)
+    assert (count["batches"], count["wrprotect_ptes"], count["ptes_wrprotected"]) == (1, 1, 3)
+    assert parent.pte(TABLE + (2 << 12)) == pte(HEAD + 2, 0x25)
+
+
 def test_wrprotect_range_keeps_to_its_range_and_the_vmas(impl):
     start = 2 * TABLE - (8 << 12)
     vmas = [Vma(start, start + (4 << 12), COW), Vma(start + (4 << 12), start + (16 << 12), COW)]

@@ -25,6 +25,16 @@ from libc.string cimport memcpy
 cdef extern from "<errno.h>" nogil:
     int EHWPOISON
 
+cdef extern from * nogil:
+    """
+    #if defined(__GNUC__) || defined(__clang__)
+    #define PTEBATCH_PREFETCH(p) __builtin_prefetch((p), 1)
+    #else
+    #define PTEBATCH_PREFETCH(p) ((void)(p))
+    #endif
+    """
+    void prefetch "PTEBATCH_PREFETCH"(const void *p)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants and structs
@@ -54,6 +64,11 @@ cdef enum:
     AUX_SHARED_BIT_ = 63
     SECTION_SHIFT_ = 6
     TOP_SHIFT_ = 18
+
+# How many entries ahead of the walk the memmap is prefetched, and pages whose words share a cache line (log2).
+cdef enum:
+    PREFETCH_AHEAD = 64
+    LINE_PAGES_SHIFT = 3
 
 cdef uint64_t ONE = 1
 cdef enum:
@@ -158,6 +173,7 @@ ctypedef struct walk:
     uint64_t fail_pfn
     int64_t *stats
     int64_t *rss
+    bint large           # the last page met is of a large folio whose MM-ID slots are kept
     uint64_t mapcounts   # OR of the mapcounts met in large folios
 
 cdef uint64_t NO_PFN = ~<uint64_t>0
@@ -290,8 +306,8 @@ cdef inline int rss_counter(uint64_t w) noexcept nogil:
 # Loops
 # ---------------------------------------------------------------------------------------------------------------------
 
-cdef inline Py_ssize_t page_index(const memmap *M, uint64_t pfn) noexcept nogil:
-    """Where the word of a PFN lives, or -1. Every step is bounds-checked: the PFN comes out of a page table."""
+cdef inline int32_t section_entry(const memmap *M, uint64_t pfn) noexcept nogil:
+    """`section << 1 | full` for a PFN, or -1. Every step is bounds-checked: the PFN comes out of a page table."""
     cdef uint64_t block = pfn >> TOP_SHIFT_
     cdef Py_ssize_t at
     cdef int32_t entry
@@ -302,13 +318,36 @@ cdef inline Py_ssize_t page_index(const memmap *M, uint64_t pfn) noexcept nogil:
         return -1
     at = (<Py_ssize_t>entry << (TOP_SHIFT_ - SECTION_SHIFT_)) + <Py_ssize_t>(
         pfn >> SECTION_SHIFT_ & ((ONE << (TOP_SHIFT_ - SECTION_SHIFT_)) - 1))
-    if at >= M.nr_sub:
-        return -1
-    entry = M.sub[at]
+    return M.sub[at] if at < M.nr_sub else -1
+
+
+cdef inline Py_ssize_t page_index(const memmap *M, uint64_t pfn) noexcept nogil:
+    """Where the word of a PFN lives, or -1."""
+    cdef int32_t entry = section_entry(M, pfn)
+    cdef Py_ssize_t at
     if entry < 0:
         return -1
     at = (<Py_ssize_t>(entry >> 1) << SECTION_SHIFT_) + <Py_ssize_t>(pfn & ((1 << SECTION_SHIFT_) - 1))
     return at if at < M.nr_words else -1
+
+
+cdef inline Py_ssize_t prefetch_pages(const uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t ahead, Py_ssize_t end,
+                                      const pte_layout *L, const memmap *M, bint large) except -1 nogil:
+    """Prefetch the words of the pages that entries ahead..end map, one cache line of words at a time, and among large
+    folios the MM-ID slots at the start of each run; returns end."""
+    cdef uint64_t line, last = ~<uint64_t>0
+    cdef Py_ssize_t page
+    while ahead < end:
+        line = table[row, ahead] >> (L.pfn_shift + LINE_PAGES_SHIFT)
+        if line != last:
+            page = page_index(M, pte_pfn(L, table[row, ahead]))
+            if page >= 0:
+                prefetch(M.words + page)
+                if large and line != last + 1:
+                    prefetch(M.aux + page)
+            last = line
+        ahead += 1
+    return end
 
 
 cdef inline Py_ssize_t folio_head(const memmap *M, Py_ssize_t page, uint64_t pfn, uint64_t w) noexcept nogil:
@@ -428,6 +467,7 @@ cdef inline Py_ssize_t folio_dup_ptes(const memmap *M, Py_ssize_t page, Py_ssize
     cdef bint large = word_order(w) != 0
     cdef bint mm_id = large and R.mm_id and not w >> HUGETLB_BIT_ & 1
     cdef Py_ssize_t k
+    W.large = mm_id
     if folio_is_full(M, page, head, nr, large, mm_id, R):
         return E_OVERFLOW
     if w >> ANON_BIT_ & 1:
@@ -550,9 +590,12 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
                                       const memmap *M, batch_scan *B, const uint64_t[::1] pool, Py_ssize_t *used,
                                       walk *W) except -1 nogil:
     """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it."""
-    cdef Py_ssize_t idx = at[0], ret, max_nr
+    cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until
     cdef uint64_t pte
     while idx < end:
+        until = idx + PREFETCH_AHEAD if idx + PREFETCH_AHEAD < end else end
+        if ahead < until:
+            ahead = prefetch_pages(src, srow, ahead if ahead > idx else idx, until, L, M, W.large)
         pte = src[srow, idx]
         if pte_none(L, pte):
             W.stats[S_PTES_NONE] += 1
@@ -610,6 +653,7 @@ cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row,
     """Read-only: every present entry of one table has a page, and nothing else but none entries is there."""
     cdef Py_ssize_t idx, page
     cdef uint64_t pte, pfn
+    cdef int32_t entry
     for idx in range(at[0], end):
         pte = table[row, idx]
         if pte_none(L, pte):
@@ -620,6 +664,9 @@ cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row,
         if as_kernel or pte & L.special:
             continue
         pfn = pte_pfn(L, pte)
+        entry = section_entry(M, pfn)
+        if entry >= 0 and entry & 1:
+            continue
         page = page_index(M, pfn)
         if page < 0 or not M.words[page] >> VALID_BIT_:
             at[0] = idx
@@ -674,11 +721,21 @@ cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, P
 # Entries. ptebatch.batch is the only caller and has checked dtypes, shapes, ranges and overlap.
 # ---------------------------------------------------------------------------------------------------------------------
 
-cdef int fill(const uint64_t[::1] values, void *out, Py_ssize_t size) except -1:
-    if values.shape[0] * <Py_ssize_t>sizeof(uint64_t) != size:
-        raise ValueError(f"{values.shape[0]} fields given, {size // 8} expected")
-    memcpy(out, &values[0], size)
-    return 0
+# The structs come back by value: one whose address had left the caller would be reloaded after every store of the loop.
+cdef pte_layout read_layout(const uint64_t[::1] values) except *:
+    cdef pte_layout L
+    if values.shape[0] * sizeof(uint64_t) != sizeof(L):
+        raise ValueError(f"{values.shape[0]} layout fields given, {sizeof(L) // 8} expected")
+    memcpy(&L, &values[0], sizeof(L))
+    return L
+
+
+cdef copy_rules read_rules(const uint64_t[::1] values) except *:
+    cdef copy_rules R
+    if values.shape[0] * sizeof(uint64_t) != sizeof(R):
+        raise ValueError(f"{values.shape[0]} rule fields given, {sizeof(R) // 8} expected")
+    memcpy(&R, &values[0], sizeof(R))
+    return R
 
 
 cdef memmap view_memmap(uint64_t[::1] words, uint64_t[::1] aux, const int32_t[::1] top, const int32_t[::1] sub) except *:
@@ -695,7 +752,7 @@ cdef memmap view_memmap(uint64_t[::1] words, uint64_t[::1] aux, const int32_t[::
     return M
 
 
-cdef bint near_limit(const walk *W):
+cdef inline bint near_limit(const walk *W) noexcept:
     # The two top bits: one call would have to map one page 2^22 times to outrun this.
     return W.mapcounts >> (MAPCOUNT_BITS_ - 2) & 3 != 0
 
@@ -710,10 +767,9 @@ def py_folio_pte_batch(const uint64_t[:, ::1] table not None, Py_ssize_t idx, ui
                        Py_ssize_t folio_end, const uint64_t[::1] layout not None, bint respect_dirty,
                        bint respect_soft_dirty, bint respect_write, bint clamp):
     """(nr, any_writable, any_young, any_dirty, reads) of one table from idx."""
-    cdef pte_layout L
+    cdef pte_layout L = read_layout(layout)
     cdef batch_scan B
     cdef Py_ssize_t nr
-    fill(layout, &L, sizeof(L))
     if idx < 0 or max_nr < 1 or idx + max_nr > table.shape[1] or folio_end < 1:
         raise ValueError("index out of range")
     with nogil:
@@ -726,8 +782,7 @@ def py_folio_pte_batch(const uint64_t[:, ::1] table not None, Py_ssize_t idx, ui
 
 def py_wrprotect_ptes(uint64_t[:, ::1] table not None, Py_ssize_t idx, Py_ssize_t nr,
                       const uint64_t[::1] layout not None):
-    cdef pte_layout L
-    fill(layout, &L, sizeof(L))
+    cdef pte_layout L = read_layout(layout)
     if idx < 0 or nr < 1 or idx + nr > table.shape[1]:
         raise ValueError("index out of range")
     with nogil:
@@ -736,8 +791,7 @@ def py_wrprotect_ptes(uint64_t[:, ::1] table not None, Py_ssize_t idx, Py_ssize_
 
 def py_set_ptes(uint64_t[:, ::1] table not None, Py_ssize_t idx, uint64_t pte, Py_ssize_t nr,
                 const uint64_t[::1] layout not None):
-    cdef pte_layout L
-    fill(layout, &L, sizeof(L))
+    cdef pte_layout L = read_layout(layout)
     if idx < 0 or nr < 1 or idx + nr > table.shape[1]:
         raise ValueError("index out of range")
     with nogil:
@@ -750,21 +804,20 @@ def py_copy_present_ptes(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not
                          const int32_t[::1] sub not None, int64_t[::1] rss not None, int64_t[::1] stats not None,
                          object prealloc):
     """(result, whether the preallocated page was used, failing PFN, whether a mapcount is near its limit)"""
-    cdef pte_layout L
-    cdef copy_rules R
+    cdef pte_layout L = read_layout(layout)
+    cdef copy_rules R = read_rules(rules)
     cdef batch_scan B
     cdef walk W
     cdef Py_ssize_t ret, nr_hist = src.shape[1] + 1
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef uint64_t pte
-    fill(layout, &L, sizeof(L))
-    fill(rules, &R, sizeof(R))
     check_stats(stats, src.shape[1])
     if idx < 0 or max_nr < 1 or idx + max_nr > src.shape[1] or dst.shape[1] != src.shape[1] or rss.shape[0] != 4:
         raise ValueError("index out of range")
     W.prealloc = NO_PFN if prealloc is None else prealloc
     W.fail_pfn = NO_PFN
     W.mapcounts = 0
+    W.large = False
     W.stats = &stats[0]
     W.rss = &rss[0]
     with nogil:
@@ -790,16 +843,14 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     state is [row, idx, pages used of the pool]: where to go on after E_PREALLOC, and where the walk stopped.
     Returns (0, -EHWPOISON or an E_ code; failing PFN; whether a mapcount is near its limit).
     """
-    cdef pte_layout L
-    cdef copy_rules R
+    cdef pte_layout L = read_layout(layout)
+    cdef copy_rules R = read_rules(rules)
     cdef batch_scan B
     cdef walk W
     cdef Py_ssize_t ret = 0, row = state[0], at = state[1], used = state[2], stop, nr_hist = src.shape[1] + 1
     cdef Py_ssize_t slots = src.shape[1]
     cdef int64_t before
     cdef memmap M = view_memmap(words, aux, top, sub)
-    fill(layout, &L, sizeof(L))
-    fill(rules, &R, sizeof(R))
     check_stats(stats, slots)
     if (dst.shape[1] != slots or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0 or dst_row < 0 or row < 0 or at < 0
             or used < 0 or src_row + nr_rows > src.shape[0] or dst_row + nr_rows > dst.shape[0]
@@ -808,6 +859,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     W.prealloc = NO_PFN
     W.fail_pfn = NO_PFN
     W.mapcounts = 0
+    W.large = False
     W.stats = &stats[0]
     W.rss = &rss[0]
     with nogil:
@@ -838,12 +890,11 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
                    uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
                    const int32_t[::1] sub not None, bint as_kernel):
     """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy."""
-    cdef pte_layout L
+    cdef pte_layout L = read_layout(layout)
     cdef Py_ssize_t ret = 0, row, at = 0, stop, slots = table.shape[1]
     cdef uint64_t fail_pfn = NO_PFN
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef int64_t where = 0
-    fill(layout, &L, sizeof(L))
     if first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]:
         raise ValueError("rows out of range")
     with nogil:
@@ -862,12 +913,11 @@ def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns 
                        const uint64_t[::1] layout not None, uint64_t[::1] words not None, uint64_t[::1] aux not None,
                        const int32_t[::1] top not None, const int32_t[::1] sub not None, int64_t[::1] stats not None):
     """Write-protect virtual pages start..end; (0 or E_ code, virtual page number)."""
-    cdef pte_layout L
+    cdef pte_layout L = read_layout(layout)
     cdef batch_scan B
     cdef Py_ssize_t ret = 0, row, at = 0, stop, slots = table.shape[1]
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef int64_t where = 0
-    fill(layout, &L, sizeof(L))
     check_stats(stats, slots)
     if first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]:
         raise ValueError("rows out of range")
@@ -894,10 +944,9 @@ HELPERS = ("pte_none", "pte_present", "pte_pfn", "pte_write", "pte_young", "pte_
 def py_apply_helper(int helper, const uint64_t[::1] values not None, uint64_t arg, uint64_t[::1] out not None,
                     const uint64_t[::1] layout not None):
     """One scalar helper over an array; `helper` indexes HELPERS. mk_pte takes PFNs as values and the prot as arg."""
-    cdef pte_layout L
+    cdef pte_layout L = read_layout(layout)
     cdef Py_ssize_t i
     cdef uint64_t v
-    fill(layout, &L, sizeof(L))
     if out.shape[0] != values.shape[0] or not 0 <= helper < 16:
         raise ValueError("shapes differ or no such helper")
     with nogil:

@@ -39,9 +39,8 @@ test-all:  ## every interpreter on this machine, debug build, SIMD levels, sanit
 	@PYTHON='$(PYTHON)' MAKE='$(MAKE)' bash tools/test-all
 
 lint: $(VENV)/.linters  ## ruff, cython-lint, mypy
-	@$(BIN)/ruff check .
-	@$(BIN)/cython-lint ptebatch/*.pyx
-	@$(BIN)/mypy
+	@PATH="$(BIN):$$PATH"; failed=0; \
+	ruff check . || failed=1; cython-lint ptebatch/*.pyx || failed=1; mypy || failed=1; exit $$failed
 
 install: $(VENV)/.installed  ## build and install into the virtual environment
 

@@ -94,7 +94,7 @@ def test_help_lists_every_target():
     ("lacks", "code", "package"),
     [
         ("venv", "import sys; sys.modules['ensurepip'] = None", "apt-get install python3-venv"),
-        ("headers", "import sysconfig; sysconfig.get_path = lambda name: '/nonexistent'", "apt-get install python3-dev"),
+        ("headers", "import sysconfig; sysconfig.get_path = lambda name: '/none'", "apt-get install python3-dev"),
         ("version", "import sys; sys.version_info = (3, 10, 0)", "older than 3.11"),
         ("everything", "raise SystemExit(1)", "Python 3.11 or newer"),
     ],

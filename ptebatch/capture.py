@@ -12,9 +12,9 @@ one line for each.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import platform
 import re
@@ -32,7 +32,6 @@ import numpy.typing as npt
 
 from ptebatch import arch
 from ptebatch import folio as f
-from ptebatch.arch import PteLayout
 from ptebatch.errors import ArgumentError, CaptureError, PermissionDeniedError, ProcessGoneError
 from ptebatch.folio import FolioTable
 from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, NR_MM_COUNTERS, Mm, Vma
@@ -58,7 +57,7 @@ _PM_PRESENT = 1 << 63
 # Changes of other processes show in these; they do not make an area unstable.
 _PM_LOOSE = _PM_SOFT_DIRTY | _PM_EXCLUSIVE
 # /proc/kpageflags, bit numbers
-_KPF_DIRTY, _KPF_ANON, _KPF_SWAPCACHE, _KPF_SWAPBACKED = 4, 12, 13, 14
+_KPF_ANON, _KPF_SWAPCACHE, _KPF_SWAPBACKED = 12, 13, 14
 _KPF_HEAD, _KPF_TAIL, _KPF_HUGE, _KPF_HWPOISON, _KPF_NOPAGE = 15, 16, 17, 19, 20
 _KPF_KSM, _KPF_ZERO_PAGE, _KPF_ANON_EXCLUSIVE, _KPF_PRIVATE = 21, 24, 34, 35
 # PAGEMAP_SCAN
@@ -72,7 +71,7 @@ _MERGE_PFNS = 12  # kpageflags takes 0.1 us per page and 1.2 us per call
 _CHUNK = 1 << 20  # entries per read
 _VSYSCALL = 1 << 63
 _OTHERS = 2  # mm id that stands for every other owner
-_STEPS = 6
+_STEPS = 5
 
 _VM_CODES = {
     "rd": arch.VM_READ, "wr": arch.VM_WRITE, "ex": arch.VM_EXEC, "sh": arch.VM_SHARED,
@@ -159,7 +158,8 @@ class Area:
 
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)[ \t]*(.*)$", re.MULTILINE)
 _FIELD = re.compile(
-    r"^(Rss|Shared_Dirty|Private_Dirty|Referenced|Anonymous|KSM|Swap|KernelPageSize|ProtectionKey): +(\d+)", re.MULTILINE
+    r"^(Rss|Shared_Dirty|Private_Dirty|Referenced|Anonymous|KSM|Swap|KernelPageSize|ProtectionKey): +(\d+)",
+    re.MULTILINE,
 )
 _VMFLAGS = re.compile(r"^VmFlags:(.*)$", re.MULTILINE)
 
@@ -173,7 +173,7 @@ def parse_smaps(text: str) -> list[Area]:
     """
     headers = list(_HEADER.finditer(text))
     areas = []
-    for header, following in zip(headers, [*headers[1:], None], strict=True):
+    for header, following in itertools.zip_longest(headers, headers[1:]):
         start, end, perms, offset, dev, inode, name = header.groups()
         at = header.end(), following.start() if following else len(text)
         flags = _VMFLAGS.search(text, *at)
@@ -248,6 +248,8 @@ def _readable(pid: str, what: str) -> Iterator[None]:
         raise PermissionDeniedError(
             f"not allowed to read {what}: run as the process's own user or with CAP_SYS_PTRACE (root)"
         ) from None
+    except OSError as error:
+        raise CaptureError(f"{what} cannot be read: {error.strerror}") from None
 
 
 def _text(pid: str, name: str) -> str:
@@ -292,10 +294,11 @@ def _frozen(pid: str, timeout: float = 5.0) -> Iterator[bool]:
     if int(pid) == os.getpid():
         raise ArgumentError("a process cannot stop itself and go on reading: leave out freeze (--freeze)")
     with _readable(pid, f"/proc/{pid}/stat"):
-        if states() <= {"T", "t"}:
-            yield False
-            return
-        pidfd = os.pidfd_open(int(pid))
+        stopped = states() <= {"T", "t"}
+        pidfd = -1 if stopped else os.pidfd_open(int(pid))
+    if stopped:
+        yield False
+        return
     try:
         with exit_on_signals():
             try:
@@ -399,8 +402,9 @@ class _Pagemap:
         """Entries of these areas; `whole`: they are all there are, so one scan covers them."""
         found = self._scan(areas, whole) if areas else np.zeros((0, 3), dtype=np.int64)
         if found is None:
-            starts = np.array([a.start for a in areas if a.fields["Rss"] or a.fields["Swap"] or "pf" in a.codes], int)
-            ends = np.array([a.end for a in areas if a.fields["Rss"] or a.fields["Swap"] or "pf" in a.codes], int)
+            some = [a for a in areas if a.fields.get("Rss", 1) or a.fields.get("Swap", 1) or "pf" in a.codes]
+            starts = np.array([area.start for area in some], dtype=np.int64)
+            ends = np.array([area.end for area in some], dtype=np.int64)
             found = np.zeros((0, 3), dtype=np.int64)
         else:
             # The scan passes over PFN mappings.
@@ -473,7 +477,7 @@ class _Pagemap:
 
 def _pread(fd: int, buffer: U64, index: int) -> None:
     """Fill a buffer from entry `index` of a file of uint64 on; `_Torn` where the file ends."""
-    view = memoryview(buffer).cast("B")
+    view = buffer.data.cast("B")
     done = 0
     while done < len(view):
         n = os.preadv(fd, [view[done:]], index * 8 + done)
@@ -512,8 +516,16 @@ def _bit(flags: U64, bit: int) -> Bool:
     return (flags >> np.uint64(bit) & np.uint64(1)).astype(bool)
 
 
+def _distinct(values: I64) -> I64:
+    """The distinct values, ascending: numpy.unique hashes them first, which takes five times as long here."""
+    values = np.sort(values)
+    return values[np.r_[True, values[1:] != values[:-1]][: len(values)]]
+
+
 def _where(ascending: I64, wanted: I64) -> I64:
     """Position in `ascending` of values that are in it; fast where it has long consecutive stretches."""
+    if not len(wanted):
+        return wanted
     first = np.flatnonzero(np.r_[True, np.diff(ascending) != 1])
     stretch = np.searchsorted(ascending[first], wanted, side="right") - 1
     return wanted - ascending[first][stretch] + first[stretch]
@@ -536,12 +548,12 @@ class _KPages:
 
     def read(self, pfns: I64) -> _Frames:
         """Frames of these PFNs and of the folios they belong to, mapped or not."""
-        pfns = np.unique(pfns)
+        pfns = _distinct(pfns)
         if not len(pfns):
             return _Frames(pfns, np.zeros(0, dtype=np.uint64), pfns)
         # One more at the end of each stretch shows whether a folio goes on there.
         last = pfns[np.r_[np.diff(pfns) != 1, True]]
-        frames = np.union1d(pfns, last + 1)
+        frames = _distinct(np.r_[pfns, last + 1])
         frames, flags = self._read(self._flags, frames)
         for order in (4, 9, 18):
             tail = _bit(flags, _KPF_TAIL)
@@ -552,7 +564,7 @@ class _KPages:
                 break
             mask = np.int64((1 << order) - 1)
             lengths = np.r_[before & mask, (-after & mask) + 1]
-            more, more_flags = self._read(self._flags, np.unique(_ranges(np.r_[before & ~mask, after], lengths)))
+            more, more_flags = self._read(self._flags, _distinct(_ranges(np.r_[before & ~mask, after], lengths)))
             frames, index = np.unique(np.r_[more, frames], return_index=True)
             flags = np.r_[more_flags, flags][index]
         _, start, size = _folios(frames, flags)
@@ -706,37 +718,35 @@ class _Reader:
 
     def run(self, retries: int) -> None:
         settled: dict[tuple[Any, ...], _Entries] = {}
-        complete = False
+        unsettled: dict[tuple[Any, ...], _Entries] = {}
         for _ in range(retries + 1):
             self.rounds += 1
             try:
-                complete, last = self._round(settled)
+                unsettled = self._round(settled)
             except _Torn:
-                # The process exited (an error) or executed another program (read that).
+                # The process exited (an error) or executed another program (which is then read).
                 if not _text(self.pid, "maps"):
                     _no_memory(self.pid)
                 self._pagemap.close()
                 self._pagemap = _Pagemap(self.pid)
                 settled.clear()
-                self.frames = None
+                self.frames, self.areas, self.changed = None, [], []
                 continue
-            if complete:
+            if not self.changed:
                 break
-        else:
-            if not settled and not self.areas:
-                raise CaptureError(f"process {self.pid} kept replacing its address space: try again, or with --freeze")
-            if not self.own:
-                raise CaptureError(
-                    f"area {self.changed[0].label()} of process {self.pid} kept changing while it was read: try again, "
-                    "or stop the process meanwhile (freeze=True, --freeze)"
-                )
-        if self.own:
-            settled.update(last)
+        if not self.areas:
+            raise CaptureError(f"process {self.pid} keeps executing other programs: try again")
+        if self.changed and not self.own:
+            raise CaptureError(
+                f"area {self.changed[0].label()} of process {self.pid} kept changing while it was read: try again, "
+                "or stop the process meanwhile (freeze=True, --freeze)"
+            )
+        settled.update(unsettled)
         self.scans = self._pagemap.scans
         self.entries = _Entries.join([settled[area.key] for area in self.areas] or [self.entries])
 
-    def _round(self, settled: dict[tuple[Any, ...], _Entries]) -> tuple[bool, dict[tuple[Any, ...], _Entries]]:
-        """Read what is not settled twice; returns whether that was all, and what was not the same."""
+    def _round(self, settled: dict[tuple[Any, ...], _Entries]) -> dict[tuple[Any, ...], _Entries]:
+        """Read what is not settled twice; returns what was not the same."""
         every = parse_smaps(_text(self.pid, "smaps"))
         self.areas = [area for area in every if area.start < _VSYSCALL]
         self.left_out = [area.label() for area in every if area.start >= _VSYSCALL]
@@ -770,7 +780,7 @@ class _Reader:
         if not unsettled and now != keys:
             key = min(now - keys)
             self.changed = [Area(key, {}, frozenset())]
-        return not self.changed, unsettled
+        return unsettled
 
     def _read_frames(self, areas: Sequence[Area], entries: _Entries) -> None:
         present = entries.value & np.uint64(_PM_PRESENT) != 0
@@ -785,7 +795,7 @@ class _Reader:
         first, last = entries.slices(areas)
         device = np.array([_is_device(area) for area in areas], dtype=bool)
         present[_ranges(first[device], (last - first)[device])] = False
-        assert self._kpages is not None  # noqa: S101
+        assert self._kpages is not None
         frames = self._kpages.read(pfns[present])
         self.frames = frames if self.frames is None else self.frames.updated(frames)
 
@@ -859,7 +869,7 @@ class _Builder:
 
     def _real_frames(self) -> _Frames:
         frames = self.reader.frames
-        assert frames is not None  # noqa: S101
+        assert frames is not None
         device = self._of_area(_is_device(area) for area in self.areas)
         looked_up = self.present & ~device
         at = frames.where(self.pfn[looked_up])
@@ -915,20 +925,22 @@ class _Builder:
         refcount = large + np.where(cached, size, 0) + _bit(flags, _KPF_PRIVATE)
 
         u = np.uint64
-        exclusive = np.repeat(anon, size) & frames.has(_KPF_ANON_EXCLUSIVE)[kept] & (count + np.repeat(entire, size) <= 1)
-        word = flags * u(0)
-        marks = ((f.VALID_BIT, anon | True), (f.ANON_BIT, anon), (f.SWAPBACKED_BIT, _bit(flags, _KPF_SWAPBACKED) | anon),
-                 (f.KSM_BIT, ksm), (f.HUGETLB_BIT, hugetlb), (f.ORDER_SHIFT, order))  # fmt: skip
+        swapbacked = _bit(flags, _KPF_SWAPBACKED) | anon
+        whole = np.full(len(first), 1 << f.VALID_BIT, dtype=u)
+        marks = ((f.ANON_BIT, anon), (f.SWAPBACKED_BIT, swapbacked), (f.KSM_BIT, ksm), (f.HUGETLB_BIT, hugetlb))
         for bit, mark in marks:
-            word |= mark.astype(u) << u(bit)
-        word = np.repeat(word, size) | count.astype(u)
+            whole |= mark.astype(u) << u(bit)
+        whole |= order.astype(u) << u(f.ORDER_SHIFT)
+        exclusive = np.repeat(anon, size) & frames.has(_KPF_ANON_EXCLUSIVE)[kept]
+        exclusive &= count + np.repeat(entire, size) <= 1
+        word = np.repeat(whole, size) | count.astype(u)
         word |= exclusive.astype(u) << u(f.AE_BIT) | frames.has(_KPF_HWPOISON)[kept].astype(u) << u(f.HWPOISON_BIT)
         for page, counter, least in ((0, np.minimum(refcount, f.MAX_COUNTER), 1), (1, large, 2), (2, entire, 4)):
             some = size >= least
             word[begin[some] + page] |= counter[some].astype(u) << u(f.COUNTER_SHIFT)
 
         # MM-ID slots: this mm, and one other that stands for all others.
-        aux = word * u(0)
+        aux = np.zeros(len(word), dtype=u)
         tracked = (size > 1) & ~hugetlb
         me, others = tracked & (own > 0), tracked & (large > own)
         aux[begin[me]] |= own[me].astype(u) | u(1 << f.AUX_COUNT_BITS)
@@ -969,7 +981,7 @@ class _Builder:
         writable = self._of_area(bool(flags & arch.VM_WRITE) for flags in vm_flags)
         shared = self._of_area(bool(flags & arch.VM_SHARED) for flags in vm_flags)
         shadow_stack = self._of_area(bool(flags & arch.VM_SHADOW_STACK) for flags in vm_flags)
-        # smaps counts a page that either its entry or its folio says is referenced or dirty: none of an area is certain.
+        # smaps counts a page if its entry or its folio is referenced (dirty): only that no entry is, is certain.
         young = self._of_area(area.fields.get("Referenced", 1) > 0 for area in self.areas)
         dirty = self._of_area(
             area.fields.get("Shared_Dirty", 1) + area.fields.get("Private_Dirty", 1) > 0 for area in self.areas
@@ -1047,7 +1059,7 @@ class _Builder:
 
     def _vmas(self) -> list[Vma]:
         guard = self.entries.value & np.uint64(_PM_GUARD) != 0
-        guarded = np.add.reduceat(np.r_[guard, False].astype(np.int64), (np.cumsum(self._nr) - self._nr)) * (self._nr > 0)
+        guarded = np.bincount(self._of_area(range(len(self.areas)), np.int64)[guard], minlength=len(self.areas))
         vmas = []
         for area, guards in zip(self.areas, guarded.tolist(), strict=True):
             has_anon = area.fields.get("Anonymous", 0) > 0 or area.fields.get("Swap", 0) > 0
@@ -1055,9 +1067,14 @@ class _Builder:
             has_anon |= guards > 0 and not self.semantics.vm_maybe_guard
             vmas.append(
                 Vma(
-                    area.start, area.end, area.vm_flags, anon_vma=has_anon, vm_ops=_vm_ops(area, self.reader.tmpfs),
-                    name=area.name, pgoff=area.key[3] >> PAGE_SHIFT,
-                )  # fmt: skip
+                    area.start,
+                    area.end,
+                    area.vm_flags,
+                    anon_vma=has_anon,
+                    vm_ops=_vm_ops(area, self.reader.tmpfs),
+                    name=area.name,
+                    pgoff=area.key[3] >> PAGE_SHIFT,
+                )
             )
         return vmas
 

@@ -77,7 +77,8 @@ def _allowed(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def folio_sizes() -> list[int]:
     """Bytes of the anonymous folio sizes this kernel can be told to use, ascending, the page size first."""
-    names = (re.fullmatch(r"hugepages-(\d+)kB", path.name) for path in THP.glob("hugepages-*kB"))
+    # 8 KiB is for files and shmem only: it has no `enabled`.
+    names = (re.fullmatch(r"hugepages-(\d+)kB", path.parent.name) for path in THP.glob("hugepages-*kB/enabled"))
     return sorted([PAGE_SIZE, *(int(name[1]) << 10 for name in names if name)])
 
 
@@ -212,7 +213,8 @@ class _State:
             why = ""
             for path, value in reversed(old.items()):
                 try:
-                    _write(path, value)
+                    if current(path) != value:
+                        _write(path, value)
                 except PtebatchError as error:
                     failed[path] = value
                     why = str(error)
@@ -317,7 +319,7 @@ class Subject(contextlib.AbstractContextManager["Subject"]):
 
     def call(self, name: str, **arguments: Any) -> Any:
         """Have it do something, and wait for that."""
-        assert self._process.stdin is not None  # noqa: S101
+        assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"do": name, **arguments}) + "\n")
             self._process.stdin.flush()
@@ -326,7 +328,7 @@ class Subject(contextlib.AbstractContextManager["Subject"]):
         return self._answer()
 
     def _answer(self) -> Any:
-        assert self._process.stdout is not None  # noqa: S101
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise ProcessGoneError(f"subject process {self.pid} has ended (status {self._process.wait(5)})")

@@ -367,23 +367,25 @@ def test_executes_another_program_meanwhile(script) -> None:
 
 def test_an_area_that_keeps_changing(script) -> None:
     child = script("""
-import random
 memory = mmap.mmap(-1, 8 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-memory[0] = 1
-say(None)
-while True:
-    memory.madvise(mmap.MADV_DONTNEED)
-    for page in random.sample(range(2048), 1024):
-        memory[page * 4096] = 1
+for page in range(0, 8 << 20, 4096):
+    hold()
+    memory[page] = 1
+    say(page)
 """)
-    child.hear()
+
+    def change(done: int, total: int) -> None:
+        child.go()
+        child.hear()
+
     with pytest.raises(CaptureError, match=r"area 0x.* kept changing .*--freeze"):
-        capture(child.pid, retries=2)
+        capture(child.pid, retries=2, progress=change)
+    changes = iter([change] * 3)
+    settles = capture(child.pid, progress=lambda *step: next(changes, lambda *_: None)(*step))
+    assert settles.env["rounds"] == 2
     found = capture(child.pid, freeze=True)
     assert found.env["frozen"]
     assert found.env["rounds"] == 1
-    while state(child.pid) != "R":
-        time.sleep(0.001)
 
 
 def test_freeze() -> None:

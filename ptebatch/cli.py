@@ -1,0 +1,753 @@
+"""The command line: the only place that prints or exits.
+
+Exit codes: 0 done; 1 it failed, with one line on stderr that says why and what to do; 2 the command line is wrong;
+130 interrupted. Tables and JSON go to stdout, progress and notes to stderr.
+
+Nothing but the standard library and typer is imported before a command runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from ptebatch.errors import PtebatchError, SemanticsError, UnsupportedEntryError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ptebatch.arch import PteLayout
+    from ptebatch.mm import Mm, Vma
+    from ptebatch.semantics import KernelSemantics
+
+__all__ = ["app", "main"]
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
+PROGRESS_AFTER = 0.8
+"""Seconds a step takes before its progress is shown."""
+
+Progress = Callable[[int, int], None]
+
+
+class _Group(TyperGroup):
+    """All commands; what goes wrong in one of them becomes one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PtebatchError as error:
+            _fail(str(error))
+        except MemoryError:
+            _fail("out of memory: choose a smaller size")
+        except RecursionError:
+            raise
+        except KeyboardInterrupt:
+            sys.stderr.write("\ninterrupted\n")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            # Whoever reads has left; what is still buffered must not fail once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(EXIT_PIPE) from None
+        except OSError as error:
+            _fail(str(error))
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def main() -> None:
+    """Run the command line (the entry point of the ``ptebatch`` script)."""
+    app(prog_name="ptebatch")
+
+
+class _Usage(typer.BadParameter):
+    """A command line that is wrong as a whole."""
+
+    def format_message(self) -> str:
+        return self.message
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    raise typer.Exit(EXIT_FAILED)
+
+
+def _usage(message: str, option: str) -> NoReturn:
+    raise typer.BadParameter(message, param_hint=f"'{option}'")
+
+
+def _notes(notes: Any) -> None:
+    for note in notes:
+        sys.stderr.write(f"note: {' '.join(str(note).split())}\n")
+
+
+def _json(document: Mapping[str, Any]) -> None:
+    import json
+
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def _print(*renderables: RenderableType | str) -> None:
+    """Write tables with an empty line between them: folded to the terminal, or as plain text into a file or pipe."""
+    from ptebatch import report
+
+    for i, renderable in enumerate(renderables):
+        if i:
+            sys.stdout.write("\n")
+        if sys.stdout.isatty():
+            from rich.console import Console
+
+            Console(highlight=False, emoji=False).print(renderable, markup=False)
+        else:
+            sys.stdout.write(report.render(renderable))
+    sys.stdout.flush()
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Progress]:
+    """Show how far a step is, on a terminal's stderr and only if it takes long; yields the callback (done, total)."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(what, total=None)
+    timer = threading.Timer(PROGRESS_AFTER, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
+
+
+# --- what to work on --------------------------------------------------------------------------------------------------
+@dataclass
+class _Source:
+    """An address space and where it comes from."""
+
+    mm: Mm
+    semantics: KernelSemantics
+    label: str
+    bound: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+Snapshot = Annotated[
+    str | None, typer.Argument(metavar="SNAPSHOT", help="A file that `ptebatch capture` wrote.", show_default=False)
+]
+Pid = Annotated[
+    str | None, typer.Option("--pid", metavar="PID|self", help="Capture this process first.", show_default=False)
+]
+WorkloadText = Annotated[
+    str | None,
+    typer.Option(
+        "--workload",
+        metavar="KEY=VALUE,...",
+        help="Make a synthetic address space, as size=1GiB,folio=4KiB+64KiB,seed=1.",
+        show_default=False,
+    ),
+]
+SemanticsName = Annotated[
+    str | None,
+    typer.Option(
+        "--semantics",
+        metavar="VERSION",
+        help="Kernel to be exact for: v6.6 ... v6.19, or 'running'. "
+        "[default: the running kernel with --pid, else the latest]",
+        show_default=False,
+    ),
+]
+Switches = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SWITCH=on|off",
+        help="Change one behaviour of that kernel; can be repeated.",
+        show_default=False,
+    ),
+]
+Impl = Annotated[Literal["core", "reference"], typer.Option("--impl", help="The Cython core, or the plain-Python one.")]
+NoBatching = Annotated[bool, typer.Option("--no-batching", help="One PTE at a time.")]
+ByVma = Annotated[bool, typer.Option("--by-vma", help="Also report every VMA.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Freeze = Annotated[bool, typer.Option("--freeze", help="Stop the process while it is read.")]
+Swap = Annotated[
+    Literal["keep", "drop"] | None,
+    typer.Option(
+        "--swap",
+        help="With --pid: keep swapped-out pages, guards and other entries that are not present, or leave them out. "
+        "[default: keep]",
+        show_default=False,
+    ),
+]
+
+
+def _resolve_semantics(name: str | None, switches: list[str] | None, live: bool) -> tuple[KernelSemantics, list[str]]:
+    from ptebatch import semantics
+
+    notes: list[str] = []
+    if name == "running" or (name is None and live):
+        chosen, notes = semantics.running()
+    else:
+        try:
+            chosen = semantics.LATEST if name is None else semantics.get(name)
+        except SemanticsError as error:
+            _usage(f"{error}, and 'running'", "--semantics")
+    changes: dict[str, Any] = {}
+    for item in switches or ():
+        switch, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            _usage(f"{item!r} is not SWITCH=on|off; the switches are {', '.join(chosen.switches)}", "--set")
+        changes[switch] = value
+    try:
+        return chosen.replace(**changes), notes
+    except SemanticsError as error:
+        _usage(str(error), "--set")
+
+
+def _layout_for(semantics: KernelSemantics) -> PteLayout:
+    from ptebatch import arch
+
+    return arch.X86_64 if semantics.saved_dirty else arch.X86_64_V6_5
+
+
+def _load(
+    snapshot: str | None,
+    pid: str | None,
+    workload: str | None,
+    semantics_name: str | None,
+    switches: list[str] | None,
+    freeze: bool,
+    swap: Literal["keep", "drop"] | None,
+) -> _Source:
+    """Make the address space that exactly one of a snapshot, a process and a workload stands for."""
+    sources = {"SNAPSHOT": snapshot, "--pid": pid, "--workload": workload}
+    given = [option for option, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise _Usage(
+            f"{' and '.join(given)} are given: name only one of them"
+            if given
+            else "name what to work on: a SNAPSHOT file, --pid PID or --workload KEY=VALUE,..."
+        )
+    if pid is None and (freeze or swap):
+        _usage("only makes sense with --pid", "--freeze" if freeze else "--swap")
+    semantics, notes = _resolve_semantics(semantics_name, switches, live=pid is not None)
+
+    if workload is not None:
+        from ptebatch import workload as workloads
+
+        try:
+            parsed = workloads.parse(workload)
+        except PtebatchError as error:
+            _usage(str(error), "--workload")
+        with _progress("making the address space") as progress:
+            mm = parsed.build(progress, layout=_layout_for(semantics))
+        return _Source(mm, semantics, str(parsed), notes=notes)
+
+    if pid is not None:
+        from ptebatch.capture import capture
+
+        if pid != "self" and not pid.isdecimal():
+            _usage(f"{pid!r} is neither a process id nor 'self'", "--pid")
+        with _progress(f"capturing process {pid}") as progress:
+            seen = capture(pid, freeze=freeze, semantics=semantics, swap=swap or "keep", progress=progress)
+        label = f"process {seen.env['pid']} ({seen.env['comm']})"
+        return _Source(seen.mm, semantics, label, list(seen.bound), notes + seen.notes)
+
+    from ptebatch import snapshot as snapshots
+
+    assert snapshot is not None
+    with _progress(f"reading {snapshot}"):
+        loaded = snapshots.load(snapshot)
+    if bool(loaded.mm.layout.saved_dirty) != semantics.saved_dirty:
+        need = "on" if loaded.mm.layout.saved_dirty else "off"
+        raise SemanticsError(f"{snapshot} has {loaded.mm.layout.name} entries: that needs --set saved_dirty={need}")
+    return _Source(loaded.mm, semantics, loaded.source or os.path.basename(snapshot), list(loaded.bound), notes)
+
+
+@contextmanager
+def _hints(pid: str | None) -> Iterator[None]:
+    """Say what to do on the command line about an entry that cannot be copied."""
+    try:
+        yield
+    except UnsupportedEntryError as error:
+        hint = "; --swap drop leaves out what is not present" if pid is not None else ""
+        raise UnsupportedEntryError(f"{error}{hint}", address=error.address, kind=error.kind) from error
+
+
+def _heading(source: _Source, *more: tuple[str, str]) -> RenderableType:
+    from ptebatch import report
+
+    kernel = f"{source.semantics.label}, {source.mm.layout.name}"
+    return report.pairs_table([("memory", source.label), ("kernel", kernel), *more])
+
+
+def _inferred(bound: list[str]) -> list[RenderableType | str]:
+    from ptebatch import report
+
+    return [report.inferred_table(bound)] if bound else []
+
+
+class _EachVma:
+    """Stands in for an implementation and remembers the counts of every VMA it copies."""
+
+    def __init__(self, impl: Any, progress: Progress, total: int) -> None:
+        self.check_range = impl.check_range
+        self._copy_page_range = impl.copy_page_range
+        self._progress = progress
+        self._total = total
+        self.counts: list[tuple[Vma, Any]] = []
+
+    def copy_page_range(self, ctx: Any, dst_mm: Mm, src_mm: Mm, stats: Any) -> int:
+        """See `ptebatch.batch.copy_page_range`."""
+        before = stats.copy()
+        ret: int = self._copy_page_range(ctx, dst_mm, src_mm, stats)
+        self.counts.append((ctx.src_vma, stats - before))
+        self._progress(len(self.counts), self._total)
+        return ret
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+def _version(wanted: bool) -> None:
+    if wanted:
+        import ptebatch
+
+        sys.stdout.write(f"ptebatch {ptebatch.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def ptebatch(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    r"""Linux fork()'s batched page-table copy, outside the kernel.
+
+    \b
+    Examples:
+      ptebatch bench                                    single, batched and naive, side by side
+      ptebatch fork --workload size=1GiB,folio=64KiB    what fork would do, in counts
+      ptebatch explain --pid 1234                       why its batches end
+      ptebatch COMMAND --help                           more examples
+
+    \b
+    Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong command line, 130 interrupted.
+    """
+
+
+@app.command()
+def fork(
+    snapshot: Snapshot = None,
+    pid: Pid = None,
+    workload: WorkloadText = None,
+    impl: Impl = "core",
+    no_batching: NoBatching = False,
+    semantics: SemanticsName = None,
+    switches: Switches = None,
+    by_vma: ByVma = False,
+    freeze: Freeze = False,
+    swap: Swap = None,
+    as_json: Json = False,
+) -> None:
+    r"""Fork an address space in the model, and count.
+
+    The process itself is not forked and not changed. What a live process does not show (write, accessed and dirty
+    bits, for example) is inferred and listed: counts that depend on it are a bound.
+
+    \b
+    Examples:
+      ptebatch fork --workload size=1GiB,folio=64KiB,seed=1
+      ptebatch fork --workload size=256MiB,folio=4KiB+64KiB+2MiB --no-batching
+      ptebatch fork --pid self --by-vma
+      ptebatch fork --pid 1234 --freeze --semantics v6.8 --json
+      ptebatch fork redis.ptes --impl reference --set mm_id=off --set large_reuse=never
+    """
+    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
+    from ptebatch.fork import ForkPlan, ForkStats
+    from ptebatch.mm import digest
+
+    with _hints(pid), _progress("forking") as progress:
+        batching = False if no_batching else None
+        plan = ForkPlan(source.mm, semantics=source.semantics, batching=batching, impl=impl)
+        plan.impl = each = _EachVma(plan.impl, progress, len(plan.contexts))
+        stats = plan.run()
+    with _progress("computing the digest"):
+        state = digest([source.mm, plan.child], source.mm.folios, source.semantics)
+    vmas: list[dict[str, Any]] = []
+    for vma, counts in each.counts if by_vma else ():
+        own = ForkStats.from_array(counts).to_dict()
+        vmas.append({"start": vma.start, "end": vma.end, "name": vma.name, "stats": own})
+
+    _notes(source.notes)
+    document = {
+        "digest": state,
+        "stats": stats.to_dict(),
+        "arch": source.mm.layout.name,
+        "semantics": source.semantics.label,
+        "impl": impl,
+        "batching": plan.batching,
+        "bound": source.bound,
+    }
+    if as_json:
+        _json(document | {"vmas": vmas} if by_vma else document)
+        return
+    from ptebatch import report
+
+    counters = stats.to_dict()
+    path = f"{impl}, {'batched' if plan.batching else 'one PTE at a time'}"
+    blocks: list[RenderableType | str] = [
+        _heading(source, ("path", path), ("digest", state)),
+        report.counts_table({"count": counters}, per="ptes_present"),
+    ]
+    if counters["batches"]:
+        blocks.append(report.hist_table(counters["batch_hist"]))
+    if vmas:
+        rows = [{**vma, "ptes": vma["stats"]["ptes_present"], "batches": vma["stats"]["batches"]} for vma in vmas]
+        blocks.append(report.vma_table(rows))
+    _print(*blocks, *_inferred(source.bound))
+
+
+@app.command()
+def wrprotect(
+    snapshot: Snapshot = None,
+    pid: Pid = None,
+    workload: WorkloadText = None,
+    impl: Impl = "core",
+    no_batching: NoBatching = False,
+    semantics: SemanticsName = None,
+    switches: Switches = None,
+    by_vma: ByVma = False,
+    freeze: Freeze = False,
+    swap: Swap = None,
+    as_json: Json = False,
+) -> None:
+    r"""Write-protect in the model, entry by entry and batched.
+
+    Entries end up the same both ways; the number of calls does not.
+
+    \b
+    Examples:
+      ptebatch wrprotect --workload size=1GiB,folio=64KiB,readonly=0.25
+      ptebatch wrprotect --pid 1234 --by-vma
+      ptebatch wrprotect redis.ptes --no-batching --json
+    """
+    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
+    from ptebatch.mm import copy_state, digest
+    from ptebatch.protect import resolve_batching, wrprotect_range
+
+    mm = source.mm
+    modes = [False] if not resolve_batching(source.semantics, False if no_batching else None) else [False, True]
+    names = {False: "entry by entry", True: "batched"}
+    totals: dict[bool, dict[str, Any]] = {}
+    digests: dict[bool, str] = {}
+    vmas: list[dict[str, Any]] = []
+    with _hints(pid), _progress("write-protecting") as progress:
+        for batching in modes:
+            mine = mm if batching is modes[-1] else copy_state(mm)
+            hist: dict[str, int] = {}
+            total: dict[str, Any] = {}
+            for i, vma in enumerate(mine.vmas):
+                stats = wrprotect_range(
+                    mine, vma.start, vma.end, semantics=source.semantics, batching=batching, impl=impl
+                ).to_dict()
+                for nr, n in stats["batch_hist"].items():
+                    hist[nr] = hist.get(nr, 0) + n
+                for name, n in stats.items():
+                    if name != "batch_hist":
+                        total[name] = total.get(name, 0) + n
+                if by_vma and batching is modes[-1]:
+                    vmas.append({"start": vma.start, "end": vma.end, "name": vma.name, "stats": stats})
+                progress(i + 1, len(mine.vmas))
+            total["batch_hist"] = dict(sorted(hist.items(), key=lambda item: int(item[0])))
+            totals[batching] = total
+            digests[batching] = digest([mine], mine.folios, source.semantics)
+    if len(set(digests.values())) != 1:
+        _fail("entry by entry and batched left different entries: please report this with the command line")
+
+    batching = modes[-1]
+    _notes(source.notes)
+    if as_json:
+        document = {
+            "digest": digests[batching],
+            "stats": totals[batching],
+            "stats_unbatched": totals[False],
+            "arch": mm.layout.name,
+            "semantics": source.semantics.label,
+            "impl": impl,
+            "batching": batching,
+            "bound": source.bound,
+        }
+        _json(document | {"vmas": vmas} if by_vma else document)
+        return
+    from ptebatch import report
+
+    blocks: list[RenderableType | str] = [
+        _heading(source, ("path", f"{impl}, {names[batching]}"), ("digest", digests[batching])),
+        report.counts_table({names[mode]: totals[mode] for mode in modes}, change=True),
+    ]
+    if totals[batching].get("batches"):
+        blocks.append(report.hist_table(totals[batching]["batch_hist"]))
+    if vmas:
+        rows = [{**vma, "ptes": vma["stats"]["ptes_present"], "batches": vma["stats"]["batches"]} for vma in vmas]
+        blocks.append(report.vma_table(rows))
+    _print(*blocks, *_inferred(source.bound))
+
+
+def _folio_bytes(text: str) -> int:
+    from ptebatch import workload
+
+    key, equals, value = text.partition("=")
+    if not equals or key.strip() != "folio":
+        _usage(f"{text!r} is not folio=SIZE, as folio=64KiB", "--what-if")
+    try:
+        (size,) = workload.parse(f"folio={value}").folio
+    except PtebatchError as error:
+        _usage(str(error), "--what-if")
+    except ValueError:
+        _usage("names several sizes: repeat --what-if for each", "--what-if")
+    return size
+
+
+@app.command()
+def explain(
+    snapshot: Snapshot = None,
+    pid: Pid = None,
+    workload: WorkloadText = None,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--what-if",
+            metavar="folio=SIZE",
+            help="Lay the same memory out in folios of this size and compare; can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    impl: Impl = "core",
+    semantics: SemanticsName = None,
+    switches: Switches = None,
+    by_vma: ByVma = False,
+    freeze: Freeze = False,
+    swap: Swap = None,
+    as_json: Json = False,
+) -> None:
+    r"""Say why fork's batches end; try another folio size.
+
+    Every batch has one cause: the end of a VMA, table or folio, a neighbour that is not present or maps another page,
+    or the bits in which the two entries differ.
+
+    \b
+    Examples:
+      ptebatch explain --workload size=1GiB,folio=64KiB,clean=0.1,granularity=page
+      ptebatch explain --pid 1234 --by-vma
+      ptebatch explain --pid 1234 --what-if folio=64KiB --what-if folio=2MiB
+      ptebatch explain redis.ptes --semantics v6.12 --json
+    """
+    sizes = [_folio_bytes(text) for text in what_if or ()]
+    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
+    from ptebatch import explain as explaining
+    from ptebatch.fork import fork as fork_mm
+    from ptebatch.mm import copy_state
+    from ptebatch.workload import format_size
+
+    with _progress("finding batches"):
+        found = explaining.explain_batches(source.mm, semantics=source.semantics, by_vma=by_vma)
+    compared: list[tuple[int | None, dict[str, Any]]] = []
+    if sizes:
+        with _hints(pid), _progress("laying memory out anew") as progress:
+            for i, size in enumerate((None, *sizes)):
+                other = copy_state(source.mm) if size is None else explaining.what_if(source.mm, size)
+                stats = fork_mm(other, semantics=source.semantics, impl=impl).stats.to_dict()
+                compared.append((size, stats))
+                progress(i + 1, 1 + len(sizes))
+
+    def ends(part: Any) -> dict[str, Any]:
+        hist = {str(nr): int(n) for nr, n in enumerate(part.batch_hist) if n}
+        return {
+            "ptes": part.ptes,
+            "batches": part.batches,
+            "mean_nr": part.mean,
+            "ends": part.to_rows(),
+            "batch_hist": hist,
+        }
+
+    vmas = [{"start": vma.start, "end": vma.end, "name": vma.name, **ends(vma)} for vma in found.vmas]
+    _notes(source.notes)
+    if as_json:
+        document = {
+            **ends(found.total),
+            "vmas_copied": found.vmas_copied,
+            "vmas_skipped": found.vmas_skipped,
+            "arch": source.mm.layout.name,
+            "semantics": source.semantics.label,
+            "bound": source.bound,
+        }
+        if by_vma:
+            document["vmas"] = vmas
+        if sizes:
+            document["what_if"] = [{"folio_bytes": size, "stats": stats} for size, stats in compared]
+        _json(document)
+        return
+    from ptebatch import report
+
+    total = found.total
+    vmas_text = f"{found.vmas_copied} copied, {found.vmas_skipped} not"
+    batches_text = f"{total.batches:,} of {total.ptes:,} PTEs, {total.mean:.2f} each"
+    blocks: list[RenderableType | str] = [_heading(source, ("VMAs", vmas_text), ("batches", batches_text))]
+    if total.batches:
+        blocks += [report.ends_table(total.to_rows()), report.hist_table(ends(total)["batch_hist"])]
+    if vmas:
+        rows = [{**vma, "end_cause": vma["ends"][0]["cause"] if vma["ends"] else None} for vma in vmas]
+        blocks.append(report.vma_table(rows))
+    if compared:
+        columns = {"as it is" if size is None else format_size(size): stats for size, stats in compared}
+        blocks.append(report.counts_table(columns, change=True))
+    _print(*blocks, *_inferred(source.bound))
+
+
+@app.command()
+def capture(
+    pid: Annotated[str, typer.Argument(metavar="PID|self", help="The process to read.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FILE", help="Where to write the snapshot.", show_default=False)
+    ],
+    semantics: SemanticsName = None,
+    freeze: Freeze = False,
+    swap: Swap = None,
+    as_json: Json = False,
+) -> None:
+    r"""Read a process's page tables into a snapshot file.
+
+    Needs the right to read /proc/PID (the same user, or root); PFNs and folios need CAP_SYS_ADMIN as well. Without it
+    they are made up and labelled so. The file is complete or not there.
+
+    \b
+    Examples:
+      ptebatch capture 1234 -o redis.ptes
+      ptebatch capture 1234 --freeze -o redis.ptes --json
+      ptebatch fork redis.ptes
+    """
+    if pid != "self" and not pid.isdecimal():
+        _usage(f"{pid!r} is neither a process id nor 'self'", "PID|self")
+    import numpy as np
+
+    from ptebatch import snapshot as snapshots
+    from ptebatch.capture import capture as read_process
+    from ptebatch.mm import pte_pfns
+
+    kernel, notes = _resolve_semantics(semantics, None, live=True)
+    with _progress(f"capturing process {pid}") as progress:
+        seen = read_process(pid, freeze=freeze, semantics=kernel, swap=swap or "keep", progress=progress)
+    mm, env = seen.mm, seen.env
+    label = f"process {env['pid']} ({env['comm']}), Linux {env['kernel']}"
+    with _progress(f"writing {output}"):
+        snapshots.save(mm, output, bound=seen.bound, source=label)
+    present, _ = pte_pfns(mm.layout, mm.entries)
+    heads = np.asarray(mm.folios.heads()).astype(np.int64)
+    orders = np.asarray(mm.folios.orders(heads))
+    anon = np.asarray(mm.folios.flags(heads, "anon"))
+    folios = [
+        {
+            "folio_bytes": mm.layout.page_size << order,
+            "folios": int((orders == order).sum()),
+            "pages": int((orders == order).sum()) << order,
+            "anon_pages": int((anon & (orders == order)).sum()) << order,
+        }
+        for order in np.unique(orders).tolist()
+    ]
+    document: dict[str, Any] = {
+        "file": output,
+        "bytes": os.stat(output).st_size,
+        "pid": env["pid"],
+        "comm": env["comm"],
+        "kernel": env["kernel"],
+        "arch": mm.layout.name,
+        "semantics": kernel.label,
+        "pfns": seen.pfns,
+        "seconds": env["seconds"],
+        "vmas": len(mm.vmas),
+        "tables": len(mm.vpns),
+        "pmd_leaves": len(mm.pmd_vpns),
+        "ptes_present": int(present.sum()),
+        "folios": folios,
+        "bound": list(seen.bound),
+    }
+    _notes([*notes, *seen.notes])
+    if as_json:
+        _json(document)
+        return
+    from ptebatch import report
+
+    pfns = "real" if seen.pfns == "real" else "hidden: made up, and every folio taken to be one page"
+    tables = f"{len(mm.vpns):,} with {document['ptes_present']:,} present PTEs, and {len(mm.pmd_vpns):,} PMD leaves"
+    pairs = [
+        ("process", label),
+        ("file", f"{output}, {document['bytes']:,} bytes"),
+        ("taken", f"in {env['seconds']:.2f} s"),
+        ("VMAs", f"{len(mm.vmas):,}"),
+        ("tables", tables),
+        ("PFNs", pfns),
+    ]
+    _print(report.pairs_table(pairs), report.capture_table(folios), *_inferred(document["bound"]))
+
+
+@app.command()
+def pte(
+    entries: Annotated[list[str], typer.Argument(metavar="ENTRY...", help="Page-table entries, as 0x... or decimal.")],
+    arch: Annotated[str, typer.Option("--arch", metavar="LAYOUT", help="x86-64, or an older kernel's.")] = "x86-64",
+    as_json: Json = False,
+) -> None:
+    r"""Decode page-table entries.
+
+    \b
+    Examples:
+      ptebatch pte 0x8000000001234067
+      ptebatch pte 0xfffffffffffff600 19088743 --json
+      ptebatch pte --arch x86-64-v6.5 0x0200000001234065
+    """
+    from ptebatch import arch as archs
+
+    if arch not in archs.LAYOUTS:
+        _usage(f"no layout {arch!r}; the layouts are {', '.join(archs.LAYOUTS)}", "--arch")
+    values = []
+    for text in entries:
+        try:
+            value = int(text, 0)
+        except ValueError:
+            _usage(f"{text!r} is neither a 0x... nor a decimal number", "ENTRY...")
+        if not 0 <= value < 1 << 64:
+            _usage(f"{text!r} does not fit into 64 bits", "ENTRY...")
+        values.append(value)
+    decoded = [archs.decode(archs.LAYOUTS[arch], value) for value in values]
+    if as_json:
+        _json({"arch": arch, "entries": decoded})
+        return
+    from ptebatch import report
+
+    _print(*map(report.decode_table, decoded))

@@ -1,0 +1,245 @@
+"""Tables from plain rows.
+
+Every function takes the rows that ``--json`` prints, or what they are made of, and returns a table; nothing is printed
+here. Tables fit into 80 columns as long as their rows do; what is too long is folded and never cut.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ptebatch.workload import format_size
+
+__all__ = [
+    "capture_table",
+    "counts_table",
+    "decode_table",
+    "ends_table",
+    "format_count",
+    "format_percent",
+    "format_share",
+    "hist_table",
+    "inferred_table",
+    "pairs_table",
+    "render",
+    "vma_table",
+]
+
+WIDE = 10_000
+"""Width of a table that goes into a file: no row is folded."""
+MOST_ROWS = 16
+"""Rows of a table whose full length is unbounded; the last row then sums up the others."""
+
+
+# --- plain text -------------------------------------------------------------------------------------------------------
+def render(renderable: RenderableType, width: int = WIDE) -> str:
+    """Return a table as plain text: no colour, no escape codes, no spaces at the end of a line."""
+    file = io.StringIO()
+    Console(file=file, width=width, color_system=None, force_terminal=False, highlight=False, emoji=False).print(
+        renderable, markup=False
+    )
+    return "\n".join(line.rstrip() for line in file.getvalue().rstrip("\n").split("\n")) + "\n"
+
+
+def format_count(n: float | None) -> str:
+    """Spell a count.
+
+    >>> format_count(262144), format_count(15.9688), format_count(None)
+    ('262,144', '15.97', '-')
+    """
+    if n is None:
+        return "-"
+    return f"{n:,}" if isinstance(n, int) else f"{n:,.2f}"
+
+
+def format_share(share: float) -> str:
+    """Spell a share of a whole.
+
+    >>> format_share(0.5), format_share(0.00001), format_share(0.0)
+    ('50.0%', '<0.1%', '0.0%')
+    """
+    return "<0.1%" if 0 < share < 0.0005 else f"{100 * share:.1f}%"
+
+
+def format_percent(before: float | None, after: float | None) -> str:
+    """Spell a relative change.
+
+    >>> format_percent(4.0, 3.0), format_percent(3.0, 3.1), format_percent(3.0, 3.0), format_percent(0, 3)
+    ('-25%', '+3.3%', '0%', '-')
+    """
+    if not before or after is None:
+        return "-"
+    change = 100 * (after / before - 1)
+    digits = 0 if abs(change) >= 9.95 else 1
+    return "0%" if after == before else f"{change:+.{digits}f}%"
+
+
+def format_ns(ns: float | None) -> str:
+    """Spell nanoseconds with three significant digits.
+
+    >>> format_ns(0.4567), format_ns(54.66), format_ns(1234.5), format_ns(None)
+    ('0.457', '54.7', '1234', '-')
+    """
+    if ns is None:
+        return "-"
+    return f"{ns:.0f}" if ns >= 100 else f"{ns:.1f}" if ns >= 10 else f"{ns:.2f}" if ns >= 1 else f"{ns:.3f}"
+
+
+def _table(*columns: str, left: Sequence[str] = ()) -> Table:
+    """Return an empty table; columns in `left` are text and may fold, the others are numbers and do not."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        text = column in left
+        table.add_column(column, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*(Text(cell) for cell in cells))  # not markup: a VMA may be called [heap]
+
+
+# --- fork, wrprotect, explain -----------------------------------------------------------------------------------------
+def pairs_table(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Names and values without a heading."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        _add(table, name, value)
+    return table
+
+
+def inferred_table(bound: Iterable[str]) -> Table:
+    """What was inferred and not seen: a capture's `bound`."""
+    heading = "inferred, not seen: counts that depend on it are a bound"
+    table = _table(heading, left=(heading,))
+    for text in bound:
+        _add(table, text)
+    return table
+
+
+def counts_table(columns: Mapping[str, Mapping[str, Any]], *, per: str | None = None, change: bool = False) -> Table:
+    """Counters side by side.
+
+    Parameters
+    ----------
+    columns : dict of str to dict
+        Heading -> counters (`ForkStats.to_dict`). What is no number is left out; in a comparison, so is what is 0
+        everywhere.
+    per : str, optional
+        With one column: also show each counter divided by this one.
+    change : bool
+        With several columns: after each but the first, its change against the first.
+    """
+    first = next(iter(columns.values()))
+    names = [name for name, value in first.items() if isinstance(value, int | float)]
+    headings = []
+    for i, heading in enumerate(columns):
+        headings += [heading, *(["change"] if change and i else [])]
+    table = _table("counter", *headings, *([f"per {per}"] if per else []), left=("counter",))
+    for name in names:
+        if len(columns) > 1 and not any(counters.get(name) for counters in columns.values()):
+            continue
+        cells = []
+        for i, counters in enumerate(columns.values()):
+            cells.append(format_count(counters.get(name)))
+            if change and i:
+                cells.append(format_percent(first[name], counters.get(name)))
+        if per:
+            whole = first.get(per) if not name.startswith(("vmas", "tables")) else None
+            cells.append(f"{first[name] / whole:.4f}" if whole else "-")
+        _add(table, name, *cells)
+    return table
+
+
+def hist_table(batch_hist: Mapping[str, int]) -> Table:
+    """Batches by length (`batch_hist` as ``--json`` has it): those lengths that hold the most entries."""
+    lengths = sorted((int(nr), n) for nr, n in batch_hist.items())
+    total = sum(nr * n for nr, n in lengths)
+    table = _table("nr", "batches", "PTEs", "share of PTEs")
+    kept = sorted(lengths, key=lambda item: (-item[0] * item[1], item[0]))
+    if len(kept) > MOST_ROWS:
+        kept = kept[: MOST_ROWS - 1]
+    for nr, n in sorted(kept):
+        _add(table, str(nr), format_count(n), format_count(nr * n), format_share(nr * n / total))
+    others = [item for item in lengths if item not in kept]
+    if others:
+        ptes = sum(nr * n for nr, n in others)
+        what = f"{len(others)} others"
+        _add(table, what, format_count(sum(n for _, n in others)), format_count(ptes), format_share(ptes / total))
+    return table
+
+
+def ends_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Show why batches end: rows of `BatchEnds.to_rows`."""
+    table = _table("batches end at", "batches", "share", "PTEs", "mean nr", left=("batches end at",))
+    shown, others = (rows[: MOST_ROWS - 1], rows[MOST_ROWS - 1 :]) if len(rows) > MOST_ROWS else (rows, [])
+    for row in shown:
+        _add(
+            table, row["cause"], format_count(row["batches"]), format_share(row["share"]), format_count(row["ptes"]),
+            f"{row['mean']:.2f}",
+        )  # fmt: skip
+    if others:
+        batches = sum(row["batches"] for row in others)
+        ptes = sum(row["ptes"] for row in others)
+        share = sum(row["share"] for row in others)
+        _add(
+            table, f"{len(others)} other causes", format_count(batches), format_share(share), format_count(ptes),
+            f"{ptes / batches:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def vma_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per VMA.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        ``start`` and ``end`` in bytes, ``name``, ``ptes``, ``batches``; and ``end_cause``, which may be missing.
+    """
+    ends = any("end_cause" in row for row in rows)
+    table = _table(
+        "VMA", "PTEs", "batches", "mean nr", *(["mostly end at"] if ends else []), "name",
+        left=("VMA", "mostly end at", "name"),
+    )  # fmt: skip
+    for row in rows:
+        mean = f"{row['ptes'] / row['batches']:.2f}" if row["batches"] else "-"
+        cells = [f"{row['start']:x}-{row['end']:x}", format_count(row["ptes"]), format_count(row["batches"]), mean]
+        _add(table, *cells, *([row.get("end_cause") or "-"] if ends else []), row["name"] or "-")
+    return table
+
+
+# --- capture, pte -----------------------------------------------------------------------------------------------------
+def capture_table(rows: Sequence[Mapping[str, int]]) -> Table:
+    """Folios by size: rows with ``folio_bytes``, ``folios``, ``pages`` and ``anon_pages``."""
+    table = _table("folio", "folios", "pages", "of them anon")
+    for row in rows:
+        cells = (row["folios"], row["pages"], row["anon_pages"])
+        _add(table, format_size(row["folio_bytes"]), *map(format_count, cells))
+    return table
+
+
+def decode_table(decoded: Mapping[str, Any]) -> Table:
+    """One entry in words: what `arch.decode` returns."""
+    pairs = []
+    for name, value in decoded.items():
+        if name in ("value", "layout") or value is None:
+            continue
+        if isinstance(value, bool):
+            text = "yes" if value else "no"
+        elif isinstance(value, list):
+            text = (" " if name == "bits" else " or " if name == "type_names" else ", ").join(value) or "-"
+        elif name == "pfn":
+            text = f"{value:#x}"
+        else:
+            text = str(value)
+        pairs.append(("entry" if name == "hex" else name, text))
+    return pairs_table(pairs)

@@ -311,7 +311,7 @@ def _heading(source: _Source, *more: tuple[str, str]) -> RenderableType:
 def _inferred(bound: list[str]) -> list[RenderableType | str]:
     from ptebatch import report
 
-    return [report.inferred_table(bound)] if bound else []
+    return [report.inferred_text(bound)] if bound else []
 
 
 class _EachVma:
@@ -333,6 +333,10 @@ class _EachVma:
         return ret
 
 
+def _examples(*lines: str) -> str:
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])  # \b: keep the lines as they are
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 def _version(wanted: bool) -> None:
     if wanted:
@@ -342,27 +346,34 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    epilog=_examples(
+        "ptebatch bench                                    single, batched and naive, side by side",
+        "ptebatch fork --workload size=1GiB,folio=64KiB    what fork would do, in counts",
+        "ptebatch explain --pid 1234                       why its batches end",
+        "ptebatch COMMAND --help                           more examples",
+    )
+)
 def ptebatch(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    r"""Linux fork()'s batched page-table copy, outside the kernel.
+    """Linux fork()'s batched page-table copy, outside the kernel.
 
-    \b
-    Examples:
-      ptebatch bench                                    single, batched and naive, side by side
-      ptebatch fork --workload size=1GiB,folio=64KiB    what fork would do, in counts
-      ptebatch explain --pid 1234                       why its batches end
-      ptebatch COMMAND --help                           more examples
-
-    \b
     Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong command line, 130 interrupted.
     """
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "ptebatch fork --workload size=1GiB,folio=64KiB,seed=1",
+        "ptebatch fork --workload size=256MiB,folio=4KiB+64KiB+2MiB --no-batching",
+        "ptebatch fork --pid self --by-vma",
+        "ptebatch fork --pid 1234 --freeze --semantics v6.8 --json",
+        "ptebatch fork redis.ptes --impl reference --set mm_id=off --set large_reuse=never",
+    )
+)
 def fork(
     snapshot: Snapshot = None,
     pid: Pid = None,
@@ -376,18 +387,10 @@ def fork(
     swap: Swap = None,
     as_json: Json = False,
 ) -> None:
-    r"""Fork an address space in the model, and count.
+    """Fork an address space in the model, and count.
 
     The process itself is not forked and not changed. What a live process does not show (write, accessed and dirty
     bits, for example) is inferred and listed: counts that depend on it are a bound.
-
-    \b
-    Examples:
-      ptebatch fork --workload size=1GiB,folio=64KiB,seed=1
-      ptebatch fork --workload size=256MiB,folio=4KiB+64KiB+2MiB --no-batching
-      ptebatch fork --pid self --by-vma
-      ptebatch fork --pid 1234 --freeze --semantics v6.8 --json
-      ptebatch fork redis.ptes --impl reference --set mm_id=off --set large_reuse=never
     """
     source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
     from ptebatch.fork import ForkPlan, ForkStats
@@ -430,11 +433,17 @@ def fork(
         blocks.append(report.hist_table(counters["batch_hist"]))
     if vmas:
         rows = [{**vma, "ptes": vma["stats"]["ptes_present"], "batches": vma["stats"]["batches"]} for vma in vmas]
-        blocks.append(report.vma_table(rows))
+        blocks.append(report.vma_table(rows, short=sys.stdout.isatty()))
     _print(*blocks, *_inferred(source.bound))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "ptebatch wrprotect --workload size=1GiB,folio=64KiB,readonly=0.25",
+        "ptebatch wrprotect --pid 1234 --by-vma",
+        "ptebatch wrprotect redis.ptes --no-batching --json",
+    )
+)
 def wrprotect(
     snapshot: Snapshot = None,
     pid: Pid = None,
@@ -448,15 +457,9 @@ def wrprotect(
     swap: Swap = None,
     as_json: Json = False,
 ) -> None:
-    r"""Write-protect in the model, entry by entry and batched.
+    """Write-protect in the model, entry by entry and batched.
 
     Entries end up the same both ways; the number of calls does not.
-
-    \b
-    Examples:
-      ptebatch wrprotect --workload size=1GiB,folio=64KiB,readonly=0.25
-      ptebatch wrprotect --pid 1234 --by-vma
-      ptebatch wrprotect redis.ptes --no-batching --json
     """
     source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
     from ptebatch.mm import copy_state, digest
@@ -516,7 +519,7 @@ def wrprotect(
         blocks.append(report.hist_table(totals[batching]["batch_hist"]))
     if vmas:
         rows = [{**vma, "ptes": vma["stats"]["ptes_present"], "batches": vma["stats"]["batches"]} for vma in vmas]
-        blocks.append(report.vma_table(rows))
+        blocks.append(report.vma_table(rows, short=sys.stdout.isatty()))
     _print(*blocks, *_inferred(source.bound))
 
 
@@ -535,7 +538,14 @@ def _folio_bytes(text: str) -> int:
     return size
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "ptebatch explain --workload size=1GiB,folio=64KiB,clean=0.1,granularity=page",
+        "ptebatch explain --pid 1234 --by-vma",
+        "ptebatch explain --pid 1234 --what-if folio=64KiB --what-if folio=2MiB",
+        "ptebatch explain redis.ptes --semantics v6.12 --json",
+    )
+)
 def explain(
     snapshot: Snapshot = None,
     pid: Pid = None,
@@ -557,17 +567,10 @@ def explain(
     swap: Swap = None,
     as_json: Json = False,
 ) -> None:
-    r"""Say why fork's batches end; try another folio size.
+    """Say why fork's batches end; try another folio size.
 
     Every batch has one cause: the end of a VMA, table or folio, a neighbour that is not present or maps another page,
     or the bits in which the two entries differ.
-
-    \b
-    Examples:
-      ptebatch explain --workload size=1GiB,folio=64KiB,clean=0.1,granularity=page
-      ptebatch explain --pid 1234 --by-vma
-      ptebatch explain --pid 1234 --what-if folio=64KiB --what-if folio=2MiB
-      ptebatch explain redis.ptes --semantics v6.12 --json
     """
     sizes = [_folio_bytes(text) for text in what_if or ()]
     source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
@@ -624,16 +627,22 @@ def explain(
         blocks += [report.ends_table(total.to_rows()), report.hist_table(ends(total)["batch_hist"])]
     if vmas:
         rows = [{**vma, "end_cause": vma["ends"][0]["cause"] if vma["ends"] else None} for vma in vmas]
-        blocks.append(report.vma_table(rows))
+        blocks.append(report.vma_table(rows, short=sys.stdout.isatty()))
     if compared:
         columns = {"as it is" if size is None else format_size(size): stats for size, stats in compared}
         blocks.append(report.counts_table(columns, change=True))
     _print(*blocks, *_inferred(source.bound))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "ptebatch capture 1234 -o redis.ptes",
+        "ptebatch capture 1234 --freeze -o redis.ptes --json",
+        "ptebatch fork redis.ptes",
+    )
+)
 def capture(
-    pid: Annotated[str, typer.Argument(metavar="PID|self", help="The process to read.")],
+    pid: Annotated[str, typer.Argument(metavar="PID", help="The process to read, or 'self'.")],
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="FILE", help="Where to write the snapshot.", show_default=False)
     ],
@@ -642,19 +651,13 @@ def capture(
     swap: Swap = None,
     as_json: Json = False,
 ) -> None:
-    r"""Read a process's page tables into a snapshot file.
+    """Read a process's page tables into a snapshot file.
 
     Needs the right to read /proc/PID (the same user, or root); PFNs and folios need CAP_SYS_ADMIN as well. Without it
     they are made up and labelled so. The file is complete or not there.
-
-    \b
-    Examples:
-      ptebatch capture 1234 -o redis.ptes
-      ptebatch capture 1234 --freeze -o redis.ptes --json
-      ptebatch fork redis.ptes
     """
     if pid != "self" and not pid.isdecimal():
-        _usage(f"{pid!r} is neither a process id nor 'self'", "PID|self")
+        _usage(f"{pid!r} is neither a process id nor 'self'", "PID")
     import numpy as np
 
     from ptebatch import snapshot as snapshots
@@ -717,20 +720,19 @@ def capture(
     _print(report.pairs_table(pairs), report.capture_table(folios), *_inferred(document["bound"]))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "ptebatch pte 0x8000000001234067",
+        "ptebatch pte 0xfffffffffffff600 19088743 --json",
+        "ptebatch pte --arch x86-64-v6.5 0x0200000001234065",
+    )
+)
 def pte(
     entries: Annotated[list[str], typer.Argument(metavar="ENTRY...", help="Page-table entries, as 0x... or decimal.")],
     arch: Annotated[str, typer.Option("--arch", metavar="LAYOUT", help="x86-64, or an older kernel's.")] = "x86-64",
     as_json: Json = False,
 ) -> None:
-    r"""Decode page-table entries.
-
-    \b
-    Examples:
-      ptebatch pte 0x8000000001234067
-      ptebatch pte 0xfffffffffffff600 19088743 --json
-      ptebatch pte --arch x86-64-v6.5 0x0200000001234065
-    """
+    """Decode page-table entries."""
     from ptebatch import arch as archs
 
     if arch not in archs.LAYOUTS:

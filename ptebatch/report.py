@@ -7,6 +7,7 @@ here. Tables fit into 80 columns as long as their rows do; what is too long is f
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ __all__ = [
     "format_percent",
     "format_share",
     "hist_table",
-    "inferred_table",
+    "inferred_text",
     "pairs_table",
     "render",
     "vma_table",
@@ -94,7 +95,7 @@ def format_ns(ns: float | None) -> str:
 
 def _table(*columns: str, left: Sequence[str] = ()) -> Table:
     """Return an empty table; columns in `left` are text and may fold, the others are numbers and do not."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         text = column in left
         table.add_column(column, justify="left" if text else "right", overflow="fold", no_wrap=not text)
@@ -116,13 +117,12 @@ def pairs_table(pairs: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def inferred_table(bound: Iterable[str]) -> Table:
-    """What was inferred and not seen: a capture's `bound`."""
-    heading = "inferred, not seen: counts that depend on it are a bound"
-    table = _table(heading, left=(heading,))
+def inferred_text(bound: Iterable[str], width: int = 80) -> str:
+    """What was inferred and not seen: a capture's `bound`, as a list."""
+    lines = ["Inferred, not seen; counts that depend on it are a bound:"]
     for text in bound:
-        _add(table, text)
-    return table
+        lines += textwrap.wrap(text, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def counts_table(columns: Mapping[str, Mapping[str, Any]], *, per: str | None = None, change: bool = False) -> Table:
@@ -197,23 +197,26 @@ def ends_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def vma_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def vma_table(rows: Sequence[Mapping[str, Any]], *, short: bool = False) -> Table:
     """One line per VMA.
 
     Parameters
     ----------
     rows : sequence of dict
         ``start`` and ``end`` in bytes, ``name``, ``ptes``, ``batches``; and ``end_cause``, which may be missing.
+    short : bool
+        Show only the last part of a path.
     """
     ends = any("end_cause" in row for row in rows)
-    table = _table(
-        "VMA", "PTEs", "batches", "mean nr", *(["mostly end at"] if ends else []), "name",
-        left=("VMA", "mostly end at", "name"),
-    )  # fmt: skip
+    more = ("batches end at",) if ends else ()
+    table = _table("start", "size", "PTEs", "batches", "mean nr", *more, "name", left=("name", *more))
+    table.columns[0].justify = "left"
     for row in rows:
+        name = row["name"].rpartition("/")[2] if short and row["name"].startswith("/") else row["name"]
         mean = f"{row['ptes'] / row['batches']:.2f}" if row["batches"] else "-"
-        cells = [f"{row['start']:x}-{row['end']:x}", format_count(row["ptes"]), format_count(row["batches"]), mean]
-        _add(table, *cells, *([row.get("end_cause") or "-"] if ends else []), row["name"] or "-")
+        cells = [f"{row['start']:x}", format_size(row["end"] - row["start"])]
+        cells += [format_count(row["ptes"]), format_count(row["batches"]), mean]
+        _add(table, *cells, *([row["end_cause"] or "-"] if ends else []), name or "-")
     return table
 
 

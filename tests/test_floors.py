@@ -32,7 +32,7 @@ FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in flo
 # Who may import what; and what only on first use, inside a function.
 EXTENSIONS = {path.stem for path in PACKAGE.glob("_*.pyx")}
 ONLY = {
-    **dict.fromkeys(EXTENSIONS, {"bench", "peers"}),
+    **{name: {"bench", "peers"} for name in EXTENSIONS},
     "_core": {"batch"},
     "typer": {"cli"},
     "rich": {"cli", "report"},
@@ -90,5 +90,5 @@ def test_heavy_packages_stay_where_they_are_meant_to_be(module):
 
 
 def test_the_checker_sees_what_it_is_meant_to_see():
-    source = "from ptebatch import mm\nfrom ptebatch.fork import fork\nimport ptebatch.cli\ndef f():\n import numba.core"
+    source = "from ptebatch import mm\nfrom ptebatch.fork import fork\nimport ptebatch.cli\ndef f(): import numba.core"
     assert imports(source) == [("mm", True), ("fork", True), ("cli", True), ("numba", False)]

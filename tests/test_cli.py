@@ -1,0 +1,522 @@
+"""The command line as people and scripts meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import ptebatch
+from ptebatch import cli, snapshot, workload
+from ptebatch.mm import STAT_FIELDS
+from ptebatch.semantics import PRESETS, SWITCHES
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands)
+ON_MEMORY = ("explain", "fork", "wrprotect")
+SMALL = "size=1MiB,folio=16KiB,seed=3"
+NOBODY = 1 << 30  # above every pid_max
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="no /proc/PID/pagemap here")
+
+
+def run(*args: object, code: int = 0, **kwargs):
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], prog_name="ptebatch", **kwargs)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def run_json(*args: object) -> dict:
+    return json.loads(run(*args, "--json").stdout)
+
+
+def refused(*args: object) -> str:
+    """What a command says on stderr when it fails, without `error:`; one line and no traceback."""
+    result = run(*args, code=1)
+    assert result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def wrong(*args: object) -> str:
+    """What the last line on stderr says of a wrong command line."""
+    result = run(*args, code=2)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert "Usage: ptebatch" in result.stderr
+    return result.stderr.rstrip().splitlines()[-1]
+
+
+def python(*args: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=60, check=False, **kwargs)
+
+
+@pytest.fixture
+def snapshot_file(tmp_path: Path) -> Path:
+    path = tmp_path / "redis.ptes"
+    snapshot.save(workload.make(size="1MiB", folio="64KiB"), path, bound=["entries.write: made up"], source="a test")
+    return path
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[str]]:
+    """A process that holds still, and answers a line on its stdin."""
+    command = [sys.executable, "-c", "print(flush=True); print(input(), flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+# --- help, version, imports -------------------------------------------------------------------------------------------
+def test_help_names_every_command_and_the_exit_codes():
+    text = run("--help").stdout
+    assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in COMMANDS)
+    assert "130 interrupted" in " ".join(text.split())
+    assert "..." not in text.partition("Commands:")[2].partition("Examples:")[0]  # no description cut short
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_examples_and_json(command):
+    text = run(command, "--help").stdout
+    assert len(re.findall(rf"^    ptebatch \w+ .*{command}|^    ptebatch {command}", text, re.MULTILINE)) >= 1
+    assert "Examples:" in text
+    assert "--json" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_without_a_command_there_is_help():
+    result = CliRunner().invoke(cli.app, [], prog_name="ptebatch")
+    assert result.exit_code == 2
+    assert "Commands:" in result.output
+
+
+def test_version():
+    assert run("--version").stdout == f"ptebatch {ptebatch.__version__}\n"
+
+
+def test_python_dash_m():
+    done = python("-m", "ptebatch", "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ptebatch {ptebatch.__version__}\n", "")
+
+
+HEAVY = {"matplotlib", "numba", "numpy", "rich", "safetensors", "scipy"}
+
+
+@pytest.mark.parametrize(
+    ("code", "may"),
+    [
+        ("import ptebatch; ptebatch.__version__", set()),
+        ("from ptebatch import cli; cli.app(['--help'], standalone_mode=False)", set()),
+        ("from ptebatch import cli; cli.app(['fork', '--help'], standalone_mode=False)", set()),
+        ("from ptebatch import cli; cli.app(['pte', '1', '--json'], standalone_mode=False)", {"numpy"}),
+        (f"from ptebatch import cli; cli.app(['fork', '--workload', '{SMALL}', '--json'])", {"numpy"}),
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(code, may):
+    tell = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
+    done = python("-c", tell + code)
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stderr.split()}
+    assert "ptebatch" in loaded
+    assert loaded & HEAVY <= may
+
+
+def test_importing_the_package_imports_none_of_its_modules():
+    done = python("-c", "import ptebatch, sys; print([m for m in sys.modules if m.startswith('ptebatch.')])")
+    assert done.stdout == "[]\n"
+
+
+def test_public_names_are_there():
+    assert {name for name in ptebatch.__all__ if getattr(ptebatch, name, None) is None} == set()
+    assert set(ptebatch.__all__) <= set(dir(ptebatch))
+    with pytest.raises(AttributeError, match="has no attribute 'frok'"):
+        ptebatch.frok  # noqa: B018
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+def epilogs() -> list[str]:
+    texts = [command.epilog or "" for command in cli.app.registered_commands]
+    return [line.strip() for text in texts for line in text.splitlines() if line.strip().startswith("ptebatch ")]
+
+
+def readme_commands() -> list[str]:
+    return re.findall(r"^    (ptebatch .*?)(?:\s+#.*)?$", README.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@needs_proc
+@pytest.mark.parametrize("example", sorted({*epilogs(), *readme_commands()}))
+def test_every_example_runs(example, child, snapshot_file, monkeypatch):
+    """As it is written, on less memory and on a process that exists."""
+    if example.startswith("ptebatch bench"):
+        pytest.skip("measures: tried in the tests of the benchmark")
+    monkeypatch.chdir(snapshot_file.parent)
+    text = re.sub(r"\b1234\b", str(child.pid), example)
+    text = re.sub(r"size=\d+[GM]iB", "size=16MiB", text)
+    assert run(*shlex.split(text)[1:]).stdout
+
+
+def test_the_readme_s_ten_lines_run(capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    exec(compile(code, "README.md", "exec"), {})
+    ends, counts = capsys.readouterr().out.splitlines()
+    assert "folio end" in ends
+    single, batched = map(int, counts.split(" -> "))
+    assert single > batched
+
+
+def test_the_readme_names_every_switch_and_module():
+    text = README.read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \| (v6\.\d+) \|", text, re.MULTILINE)
+    assert dict(table) == {name: switch.since for name, switch in SWITCHES.items()}
+    modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__"}
+    listed = set(re.findall(r"`(\w+)`", text[text.index("## Modules") :]))
+    assert modules <= listed
+    keys = set(re.findall(r"`(\w+)`", text[text.index("## Workloads") : text.index("## Units")]))
+    assert set(workload.Workload.__dataclass_fields__) <= keys
+
+
+# --- fork -------------------------------------------------------------------------------------------------------------
+def test_fork_json_is_this_and_nothing_else():
+    document = run_json("fork", "--workload", SMALL)
+    assert list(document) == ["digest", "stats", "arch", "semantics", "impl", "batching", "bound"]
+    assert re.fullmatch("[0-9a-f]{64}", document["digest"])
+    assert list(document["stats"]) == [*STAT_FIELDS, "batch_hist"]
+    assert document["stats"]["ptes_present"] == 256
+    assert document["stats"]["batch_hist"] == {"4": 64}
+    assert document["arch"] == "x86-64"
+    assert document["semantics"] == "v6.19"
+    assert document["impl"] == "core"
+    assert document["batching"] is True
+    assert document["bound"] == []
+
+
+@pytest.mark.parametrize("more", [[], ["--no-batching"], ["--semantics", "v6.8"]])
+def test_core_and_reference_give_the_same(more):
+    text = SMALL + ",vma=mix,holes=0.1,pinned=0.1,shared=0.2,readonly=0.2,granularity=page"
+    core = run_json("fork", "--workload", text, *more)
+    reference = run_json("fork", "--workload", text, *more, "--impl", "reference")
+    assert reference.pop("impl") == "reference"
+    assert core.pop("impl") == "core"
+    assert core == reference
+
+
+def test_batched_and_single_end_the_same():
+    batched = run_json("fork", "--workload", SMALL)
+    single = run_json("fork", "--workload", SMALL, "--no-batching")
+    assert single["digest"] == batched["digest"]
+    assert (batched["batching"], single["batching"]) == (True, False)
+    assert single["stats"]["batches"] == 4 * batched["stats"]["batches"]
+
+
+def test_by_vma_adds_up():
+    document = run_json("fork", "--workload", SMALL + ",vma=anon+file+shmem", "--by-vma")
+    total = document["stats"]
+    for name in ("ptes_present", "batches", "set_ptes", "ptep_get"):
+        assert sum(vma["stats"][name] for vma in document["vmas"]) == total[name] > 0
+    assert len(document["vmas"]) == total["vmas_copied"] == 2
+    table = run("fork", "--workload", SMALL + ",vma=anon+file+shmem", "--by-vma").stdout
+    assert all(f"{vma['start']:x}" in table for vma in document["vmas"])
+
+
+def test_fork_table():
+    result = run("fork", "--workload", SMALL)
+    assert re.search(r"^batches +64 +0\.2500$", result.stdout, re.MULTILINE)
+    assert f"memory  {workload.parse(SMALL)}" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("version", PRESETS)
+def test_every_preset_forks(version):
+    assert run_json("fork", "--workload", SMALL, "--semantics", version)["semantics"] == version
+
+
+def test_switches_are_set_and_named():
+    document = run_json("fork", "--workload", SMALL, "--set", "mm_id=off", "--set", "large_reuse=never")
+    assert document["semantics"] == "v6.19 mm_id=off large_reuse=never"
+    assert run_json("fork", "--workload", SMALL, "--set", "fork_batching=off")["batching"] is False
+    old = run_json("fork", "--workload", SMALL, "--semantics", "v6.8", "--set", "saved_dirty=off")
+    assert old["arch"] == "x86-64-v6.5"
+
+
+# --- explain, wrprotect -----------------------------------------------------------------------------------------------
+def test_explain_json():
+    document = run_json(
+        "explain", "--workload", SMALL, "--by-vma", "--what-if", "folio=64KiB", "--what-if", "folio=4KiB"
+    )
+    assert document["batches"] == 64
+    assert document["mean_nr"] == 4
+    assert document["batch_hist"] == {"4": 64}
+    assert sum(row["batches"] for row in document["ends"]) == 64
+    assert [vma["batches"] for vma in document["vmas"]] == [64]
+    assert [row["folio_bytes"] for row in document["what_if"]] == [None, 65536, 4096]
+    assert [row["stats"]["batches"] for row in document["what_if"]] == [64, 16, 256]
+
+
+def test_explain_agrees_with_fork():
+    text = SMALL + ",clean=0.3,granularity=page,holes=0.1"
+    hist = run_json("fork", "--workload", text)["stats"]["batch_hist"]
+    assert run_json("explain", "--workload", text)["batch_hist"] == hist
+
+
+def test_explain_table():
+    text = run("explain", "--workload", SMALL + ",clean=0.3,granularity=page", "--what-if", "folio=64KiB").stdout
+    assert "bits: dirty" in text
+    assert re.search(r"^counter +as it is +64KiB +change$", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_explain_of_a_kernel_that_does_not_batch():
+    assert "v6.9" in refused("explain", "--workload", SMALL, "--semantics", "v6.8")
+
+
+def test_wrprotect():
+    document = run_json("wrprotect", "--workload", SMALL, "--by-vma")
+    assert document["stats"]["wrprotect_ptes"] == 64
+    assert document["stats_unbatched"]["wrprotect_ptes"] == 256
+    assert document["stats"]["ptes_wrprotected"] == document["stats_unbatched"]["ptes_wrprotected"] == 256
+    assert sum(vma["stats"]["batches"] for vma in document["vmas"]) == 64
+    single = run_json("wrprotect", "--workload", SMALL, "--no-batching", "--impl", "reference")
+    assert single["digest"] == document["digest"]
+    assert single["stats"] == document["stats_unbatched"]
+    text = run("wrprotect", "--workload", SMALL, "--by-vma").stdout
+    assert re.search(r"^wrprotect_ptes +256 +64 +-75%$", text, re.MULTILINE)
+
+
+# --- snapshots and processes ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("command", ON_MEMORY)
+def test_commands_read_snapshots(command, snapshot_file):
+    assert run_json(command, snapshot_file)["bound"] == ["entries.write: made up"]
+    text = run(command, snapshot_file).stdout
+    assert "a test" in text
+    assert "- entries.write: made up" in text
+
+
+@needs_proc
+@pytest.mark.parametrize("command", ON_MEMORY)
+def test_commands_read_this_process(command):
+    result = run(command, "--pid", "self", "--swap", "drop", "--json")
+    document = json.loads(result.stdout)
+    assert document["bound"]
+    assert all(line.startswith("note: ") for line in result.stderr.splitlines())
+    assert document["semantics"].startswith("v6.")
+    text = run(command, "--pid", os.getpid(), "--swap", "drop", "--by-vma").stdout
+    assert f"process {os.getpid()} (" in text
+    assert "Inferred, not seen" in text
+
+
+@needs_proc
+def test_capture_writes_what_fork_reads(tmp_path):
+    path = tmp_path / "self.ptes"
+    document = run_json("capture", "self", "-o", path, "--swap", "drop")
+    assert document["file"] == str(path)
+    assert document["bytes"] == path.stat().st_size
+    assert document["pid"] == os.getpid()
+    assert document["pfns"] in ("real", "hidden")
+    assert sum(row["pages"] for row in document["folios"]) > 0
+    stats = run_json("fork", path)["stats"]
+    assert 0 < stats["ptes_present"] <= document["ptes_present"]
+    text = run("capture", "self", "-o", path, "--swap", "drop").stdout
+    assert "self.ptes" in text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@needs_proc
+def test_a_frozen_process_goes_on(child, tmp_path):
+    run("capture", child.pid, "--freeze", "-o", tmp_path / "child.ptes")
+    child.stdin.write("hello\n")
+    child.stdin.flush()
+    assert child.stdout.readline() == "hello\n"
+
+
+def test_what_is_not_on_the_machine(tmp_path):
+    assert f"no process {NOBODY}" in refused("fork", "--pid", NOBODY)
+    assert f"no process {NOBODY}" in refused("capture", NOBODY, "-o", tmp_path / "x")
+    assert "must be positive" in refused("fork", "--pid", 0)
+    assert "No such file" in refused("fork", tmp_path / "none")
+    assert "cannot be written" in refused("capture", "self", "-o", tmp_path / "no" / "x", "--swap", "drop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_cannot_freeze_itself(tmp_path):
+    assert "--freeze" in refused("capture", "self", "--freeze", "-o", tmp_path / "x")
+
+
+@pytest.mark.parametrize("command", ON_MEMORY)
+@pytest.mark.parametrize("keep", [0, 7, 100, 5000])
+def test_a_snapshot_cut_short(command, keep, snapshot_file):
+    snapshot_file.write_bytes(snapshot_file.read_bytes()[:keep])
+    assert str(snapshot_file) in refused(command, snapshot_file)
+
+
+def test_a_file_that_is_no_snapshot(tmp_path):
+    assert "regular file" in refused("fork", tmp_path)
+    path = tmp_path / "x"
+    path.write_bytes(b"\xff" * 4096)
+    assert "not a snapshot" in refused("fork", path)
+
+
+def test_a_snapshot_of_another_layout(snapshot_file):
+    assert "--set saved_dirty=on" in refused("fork", snapshot_file, "--set", "saved_dirty=off")
+
+
+def test_an_entry_that_is_not_modelled_says_what_to_do(tmp_path, monkeypatch):
+    mm = workload.make(size="1MiB")
+    mm.entries[0, 0] = 0xFFFFFFFFFFFFF600
+    path = tmp_path / "swapped.ptes"
+    snapshot.save(mm, path)
+    message = refused("fork", path)
+    assert hex(mm.vmas[0].start) in message
+    assert "--swap" not in message
+
+
+# --- wrong command lines ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("command", ON_MEMORY)
+def test_one_address_space_has_to_be_named(command, snapshot_file):
+    assert "--workload" in wrong(command)
+    assert "--pid and --workload are given" in wrong(command, "--pid", "self", "--workload", SMALL)
+    assert "SNAPSHOT and --pid are given" in wrong(command, snapshot_file, "--pid", "self")
+    assert "--swap" in wrong(command, "--workload", SMALL, "--swap", "drop")
+    assert "--freeze" in wrong(command, snapshot_file, "--freeze")
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (["--workload", "colour=red"], "keys are size, folio"),
+        (["--workload", "size=1GB"], "GiB"),
+        (["--workload", "size"], "key=value"),
+        (["--workload", ""], "key=value"),
+        (["--pid", "redis"], "neither a process id"),
+        (["--pid", "-1"], "neither a process id"),
+        (["--workload", SMALL, "--semantics", "v5.4"], "v6.18"),
+        (["--workload", SMALL, "--semantics", "v5.4"], "'running'"),
+        (["--workload", SMALL, "--set", "mm_id"], "SWITCH=on|off"),
+        (["--workload", SMALL, "--set", "mmid=on"], "mm_id"),
+        (["--workload", SMALL, "--set", "mm_id=maybe"], "on or off"),
+        (["--workload", SMALL, "--set", "large_mapcount=off"], "mm_id needs large_mapcount"),
+        (["--workload", SMALL, "--impl", "gpu"], "reference"),
+        (["--workload", SMALL, "--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_a_wrong_value_names_the_right_ones(args, what):
+    assert what in wrong("fork", *args)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("64KiB", "folio=SIZE"),
+        ("size=64KiB", "folio=SIZE"),
+        ("folio=3KiB", "power of two"),
+        ("folio=4KiB+8KiB", "repeat"),
+    ],
+)
+def test_a_wrong_what_if(text, what):
+    assert what in wrong("explain", "--workload", SMALL, "--what-if", text)
+
+
+def test_a_folio_larger_than_a_table_is_refused():
+    assert "folio=4194304" in refused("explain", "--workload", SMALL, "--what-if", "folio=4MiB")
+
+
+# --- pte --------------------------------------------------------------------------------------------------------------
+def test_pte():
+    document = run_json("pte", "0x8000000001234067", "18446744073709549056", "0")
+    assert document["arch"] == "x86-64"
+    present, guard, none = document["entries"]
+    assert (present["pfn"], present["bits"]) == (0x1234, ["P", "RW", "US", "A", "D", "NX"])
+    assert guard["markers"] == ["guard"]
+    assert none["kind"] == "none"
+    text = run("pte", "0x8000000001234067", "0").stdout
+    assert "pfn           0x1234" in text
+    assert "kind   none" in text
+
+
+def test_pte_refuses_what_is_no_entry():
+    assert "neither a 0x" in wrong("pte", "rw")
+    assert "64 bits" in wrong("pte", "0x1ffffffffffffffff")
+    assert "x86-64-v6.5" in wrong("pte", "1", "--arch", "vax")
+    assert "ENTRY" in wrong("pte")
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+def test_interrupted_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshot, "save_file", interrupted)
+    result = run("capture", "self", "-o", tmp_path / "x", "--swap", "drop", code=130)
+    assert result.stderr.splitlines()[-1] == "interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c():
+    args = [sys.executable, "-m", "ptebatch", "fork", "--impl", "reference", "--workload", "size=2GiB"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:  # until it holds the address space, so that it is past its imports
+            found = re.search(r"VmRSS:\s+(\d+)", status.read_text()) if status.exists() else None
+            if found and int(found[1]) > 60_000:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "\ninterrupted\n")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    many = ",".join(["size=64MiB", "vmas=1000"])
+    command = [sys.executable, "-m", "ptebatch", "fork", "--by-vma", "--json", "--workload", many]
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}  # unbuffered, Python itself loses the error
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_running_out_of_memory_is_one_line(monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(workload.Workload, "build", exhausted)
+    assert "smaller" in refused("fork", "--workload", SMALL)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
+def test_progress_is_for_terminals(monkeypatch):
+    """On stderr, only if it takes long, and gone when it is over; stdout stays clean."""
+    command = [sys.executable, "-m", "ptebatch", "fork", "--json", "--workload", SMALL]
+    code = f"import sys, ptebatch.cli as c; c.PROGRESS_AFTER = 0.0; sys.argv[1:] = {command[3:]!r}; c.main()"
+    master, slave = os.openpty()
+    try:
+        env = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=slave, env=env, timeout=60, check=False
+        )
+        os.set_blocking(master, False)
+        shown = os.read(master, 1 << 20).decode()
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert done.returncode == 0
+    assert "making the address space" in shown
+    assert json.loads(done.stdout)["batching"] is True

@@ -123,8 +123,11 @@ def _print(*renderables: RenderableType | str) -> None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Progress]:
-    """Show how far a step is, on a terminal's stderr and only if it takes long; yields the callback (done, total)."""
+def _progress(what: str, *, still: bool = False) -> Iterator[Progress]:
+    """Show how far a step is, on a terminal's stderr and only if it takes long; yields the callback (done, total).
+
+    With `still` nothing happens between two calls of the callback: a thread that draws would disturb a measurement.
+    """
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -133,8 +136,12 @@ def _progress(what: str) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    bar = Bar(*columns, console=Console(stderr=True), transient=True, auto_refresh=not still)
     task = bar.add_task(what, total=None)
+    if still:
+        with bar:
+            yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
+        return
     timer = threading.Timer(PROGRESS_AFTER, bar.start)
     timer.daemon = True
     timer.start()
@@ -363,6 +370,80 @@ def ptebatch(
 
     Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong command line, 130 interrupted.
     """
+
+
+@app.command(
+    epilog=_examples(
+        "ptebatch bench",
+        "ptebatch bench --size 256MiB --folio 4KiB+64KiB+2MiB --peers",
+        "ptebatch bench --pid 1234",
+        "ptebatch bench --rounds 20 --json > bench.json",
+    )
+)
+def bench(
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="SIZE", help="Memory to copy. [default: 1GiB]", show_default=False)
+    ] = None,
+    folio: Annotated[
+        str | None,
+        typer.Option(
+            "--folio", metavar="SIZE+...", help="Folio sizes. [default: all from 4KiB to 2MiB]", show_default=False
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="Times that everything is measured.", show_default=False)
+    ] = None,
+    pid: Annotated[
+        str | None,
+        typer.Option(
+            "--pid",
+            metavar="PID|self",
+            help="The real process to capture and copy. [default: one started for it]",
+            show_default=False,
+        ),
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also measure NumPy, Numba (if installed) and plain C.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure single-PTE, batched and naive copying.
+
+    On synthetic address spaces, folio size by folio size, and on the page tables of a real process; with the streaming
+    limit of this machine and the published figures beside it.
+    """
+    from ptebatch import workload
+
+    given: dict[str, Any] = {}
+    try:
+        if size is not None:
+            given["size"] = workload.parse(f"size={size}").size
+        if folio is not None:
+            given["folios"] = workload.parse(f"folio={folio}").folio
+    except PtebatchError as error:
+        _usage(str(error), "--folio" if "size" in given or size is None else "--size")
+    if rounds is not None:
+        given["rounds"] = rounds
+    if pid is not None:
+        if pid != "self" and not pid.isdecimal():
+            _usage(f"{pid!r} is neither a process id nor 'self'", "--pid")
+        given["pid"] = pid
+    if peers:
+        given["peers"] = True
+    from ptebatch.bench import run_bench
+
+    with _progress("measuring", still=True) as progress:
+        document = run_bench(progress=progress, **given)
+    if as_json:
+        _json(document)
+        return
+    from ptebatch import report
+
+    env = {name: value for name, value in document["env"].items() if isinstance(value, str | int | float)}
+    blocks: list[RenderableType | str] = [report.pairs_table((name, str(value)) for name, value in env.items())]
+    for heading, table in report.bench_tables(document["rows"]):
+        blocks.append(report.titled(heading, table))
+    _print(*blocks, report.bench_notes(document["rows"]))
 
 
 @app.command(

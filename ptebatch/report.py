@@ -12,13 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ptebatch.workload import format_size
 
 __all__ = [
+    "bench_notes",
+    "bench_tables",
     "capture_table",
     "counts_table",
     "decode_table",
@@ -30,6 +32,7 @@ __all__ = [
     "inferred_text",
     "pairs_table",
     "render",
+    "titled",
     "vma_table",
 ]
 
@@ -100,6 +103,11 @@ def _table(*columns: str, left: Sequence[str] = ()) -> Table:
         text = column in left
         table.add_column(column, justify="left" if text else "right", overflow="fold", no_wrap=not text)
     return table
+
+
+def titled(title: str, table: Table) -> RenderableType:
+    """Put a line above a table."""
+    return Group(Text(title, style="bold"), table)
 
 
 def _add(table: Table, *cells: str) -> None:
@@ -246,3 +254,104 @@ def decode_table(decoded: Mapping[str, Any]) -> Table:
             text = str(value)
         pairs.append(("entry" if name == "hex" else name, text))
     return pairs_table(pairs)
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+BENCH_COLUMNS = (
+    ("naive", "naive", None),
+    ("single", "core", "single"),
+    ("batched", "core", "batched"),
+    ("limit", "limit", None),
+    ("pool", "pool", None),
+)
+"""Columns of the main table: heading, source and path of the rows they come from (None: whichever path there is)."""
+
+
+def _memory(row: Mapping[str, Any]) -> str:
+    return str(row.get("memory") or "synthetic")
+
+
+def _ns(rows: Iterable[Mapping[str, Any]], source: str, path: str | None = None) -> float | None:
+    for row in rows:
+        if row["source"] == source and path in (None, row.get("path")):
+            return row["ns_per_pte"]
+    return None
+
+
+def _by_folio(rows: Iterable[Mapping[str, Any]]) -> dict[int | None, list[Mapping[str, Any]]]:
+    """Group rows by folio size, smallest first; what has no single size comes last."""
+    groups: dict[int | None, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row.get("folio_bytes"), []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: (item[0] is None, item[0] or 0)))
+
+
+def _folio(size: int | None) -> str:
+    return "mixed" if size is None else format_size(size)
+
+
+def bench_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
+    """Measurements side by side, in ns per PTE.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        One per measurement: ``source`` (core, naive, numpy, numba, c, limit, pool, published), ``path`` (single,
+        batched), ``folio_bytes`` (None: mixed), ``ns_per_pte``; ``memory``, what was copied, where it is not synthetic.
+
+    Returns
+    -------
+    list of (str, Table)
+        A heading and a table: for every memory, then for all peers.
+    """
+    published = _by_folio(row for row in rows if row["source"] == "published")
+    measured = [row for row in rows if row["source"] != "published"]
+    tables = []
+    for memory in dict.fromkeys(map(_memory, measured)):
+        mine = _by_folio(row for row in measured if _memory(row) == memory)
+        beside = memory == "synthetic" and bool(published)
+        headings = [heading for heading, _, _ in BENCH_COLUMNS]
+        headings[3:3] = ["change"]
+        table = _table("folio", *headings, *(["single*", "batched*", "change*"] if beside else []))
+        for size, group in mine.items():
+            cells = [format_ns(_ns(group, source, path)) for _, source, path in BENCH_COLUMNS]
+            cells[3:3] = [format_percent(_ns(group, "core", "single"), _ns(group, "core", "batched"))]
+            if beside:
+                before, after = (_ns(published.get(size, ()), "published", path) for path in ("single", "batched"))
+                cells += [format_ns(before), format_ns(after), format_percent(before, after)]
+            _add(table, _folio(size), *cells)
+        tables.append((memory, table))
+
+    known = {source for _, source, _ in BENCH_COLUMNS}
+    synthetic = [row for row in measured if _memory(row) == "synthetic"]
+    peers = list(dict.fromkeys(str(row["source"]) for row in synthetic if row["source"] not in known))
+    if peers:
+        table = _table("folio", "path", "core", *peers, left=("path",))
+        for size, group in _by_folio(synthetic).items():
+            for path in ("single", "batched"):
+                times = [_ns(group, source, path) for source in ("core", *peers)]
+                if any(ns is not None for ns in times[1:]):
+                    _add(table, _folio(size), path, *map(format_ns, times))
+        tables.append(("peers", table))
+    return tables
+
+
+def bench_notes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say what the columns of `bench_tables` mean."""
+    naive = {row["size_bytes"] for row in rows if row["source"] == "naive" and row.get("size_bytes")}
+    size = f", measured on {format_size(max(naive))}" if naive else ""
+    texts = [
+        f"naive: a plain Python loop over lists{size}",
+        "single, batched: one PTE at a time, batches of a folio; change: between these two",
+        "limit: streaming over the same entries and nothing else",
+        "pool: first touch of the child's fresh tables, not part of the other times",
+    ]
+    if any(row["source"] == "published" for row in rows):
+        texts.append(
+            "*: published for the whole fork() system call, v6.8-rc1 without and with the batching series (v3), on an "
+            "Intel Xeon Silver 4210R: another machine, and more work than the copy"
+        )
+    lines = ["All times in ns per PTE."]
+    for text in texts:
+        lines += textwrap.wrap(text, 80, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines)

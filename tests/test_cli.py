@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,22 @@ def child() -> Iterator[subprocess.Popen[str]]:
         process.stdout.readline()
         yield process
         process.kill()
+
+
+@pytest.fixture
+def measured(monkeypatch) -> dict:
+    """Nothing is measured: what the benchmark was asked for."""
+    asked: dict = {}
+
+    def run_bench(*, progress, **kwargs):
+        asked.update(kwargs)
+        row = {"source": "core", "path": "single", "ns_per_pte": 4.0, "folio_bytes": 4096, "size_bytes": 1 << 30}
+        return {"schema": 1, "mode": "bench", "env": {"cpu": "a CPU", "more": []}, "rows": [row]}
+
+    fake = types.ModuleType("ptebatch.bench")
+    fake.run_bench = run_bench
+    monkeypatch.setitem(sys.modules, "ptebatch.bench", fake)
+    return asked
 
 
 # --- help, version, imports -------------------------------------------------------------------------------------------
@@ -160,12 +177,10 @@ def readme_commands() -> list[str]:
 
 @needs_proc
 @pytest.mark.parametrize("example", sorted({*epilogs(), *readme_commands()}))
-def test_every_example_runs(example, child, snapshot_file, monkeypatch):
+def test_every_example_runs(example, child, measured, snapshot_file, monkeypatch):
     """As it is written, on less memory and on a process that exists."""
-    if example.startswith("ptebatch bench"):
-        pytest.skip("measures: tried in the tests of the benchmark")
     monkeypatch.chdir(snapshot_file.parent)
-    text = re.sub(r"\b1234\b", str(child.pid), example)
+    text = re.sub(r"\b1234\b", str(child.pid), example.partition(" > ")[0])
     text = re.sub(r"size=\d+[GM]iB", "size=16MiB", text)
     assert run(*shlex.split(text)[1:]).stdout
 
@@ -297,6 +312,27 @@ def test_wrprotect():
     assert single["stats"] == document["stats_unbatched"]
     text = run("wrprotect", "--workload", SMALL, "--by-vma").stdout
     assert re.search(r"^wrprotect_ptes +256 +64 +-75%$", text, re.MULTILINE)
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+def test_bench_prints_what_was_measured(measured):
+    text = run("bench").stdout
+    assert measured == {}
+    assert "a CPU" in text
+    assert re.search(r"^ *4KiB +- +4\.00", text, re.MULTILINE)
+    assert run_json("bench")["rows"][0]["source"] == "core"
+
+
+def test_bench_options(measured):
+    run("bench", "--size", "64MiB", "--folio", "4KiB+2MiB", "--rounds", 3, "--peers", "--pid", "self")
+    assert measured == {"size": 64 << 20, "folios": (4096, 2 << 20), "rounds": 3, "peers": True, "pid": "self"}
+
+
+def test_bench_refuses_what_it_cannot_read(measured):
+    assert "'--size'" in wrong("bench", "--size", "1GB", "--folio", "4KiB")
+    assert "'--folio'" in wrong("bench", "--size", "1GiB", "--folio", "5KiB")
+    assert "'--pid'" in wrong("bench", "--pid", "redis")
+    assert "--rounds" in wrong("bench", "--rounds", 0)
 
 
 # --- snapshots and processes ------------------------------------------------------------------------------------------

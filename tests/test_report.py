@@ -113,3 +113,61 @@ def test_what_was_inferred_is_wrapped():
     rows = report.inferred_text(["entries.write: " + "assumed " * 20, "folios: x"]).splitlines()
     assert max(map(len, rows)) <= 80
     assert [row[:2] for row in rows[1:]] == ["- ", "  ", "  ", "- "]
+
+
+def measurement(source: str, path: str, ns: float, folio: int | None = 65536, **more) -> dict:
+    row = {"source": source, "path": path, "ns_per_pte": ns, "folio_bytes": folio, "size_bytes": 1 << 30}
+    return {**row, "arch": "x86-64", "semantics": "v6.19", **more}
+
+
+BENCH = [
+    measurement("core", "batched", 1.0),
+    measurement("core", "single", 4.0),
+    measurement("core", "single", 4.5, 4096),
+    measurement("naive", "single", 1000.0, size_bytes=4 << 20),
+    measurement("limit", "limit", 0.5),
+    measurement("pool", "pool", 11.0),
+    measurement("published", "single", 53.6),
+    measurement("published", "batched", 39.8),
+    measurement("numpy", "batched", 9.0),
+    measurement("numpy", "single", 8.0),
+    measurement("core", "single", 5.0, None, memory="process 1234 (redis)"),
+]
+
+
+def test_measurements_side_by_side():
+    tables = dict(report.bench_tables(BENCH))
+    assert list(tables) == ["synthetic", "process 1234 (redis)", "peers"]
+    rows = [line.split() for line in lines(tables["synthetic"])]
+    assert rows[0] == [
+        "folio",
+        "naive",
+        "single",
+        "batched",
+        "change",
+        "limit",
+        "pool",
+        "single*",
+        "batched*",
+        "change*",
+    ]
+    assert rows[2] == ["4KiB", "-", "4.50", "-", "-", "-", "-", "-", "-", "-"]
+    assert rows[3] == ["64KiB", "1000", "4.00", "1.00", "-75%", "0.500", "11.0", "53.6", "39.8", "-26%"]
+    assert lines(tables["process 1234 (redis)"])[2].split() == ["mixed", "-", "5.00", "-", "-", "-", "-"]
+    assert [line.split() for line in lines(tables["peers"])[2:]] == [
+        ["64KiB", "single", "4.00", "8.00"],
+        ["64KiB", "batched", "1.00", "9.00"],
+    ]
+
+
+def test_a_full_table_of_measurements_fits():
+    rows = [{**row, "folio_bytes": row["folio_bytes"] and 131072} for row in BENCH]
+    text = report.bench_notes(rows)
+    texts = [*lines(dict(report.bench_tables(rows))["synthetic"]), *text.splitlines()]
+    assert max(map(len, texts)) <= 80
+    assert "measured on 4MiB" in text
+
+
+def test_without_published_figures_there_is_no_star():
+    rows = [row for row in BENCH if row["source"] != "published"]
+    assert "*" not in report.render(dict(report.bench_tables(rows))["synthetic"]) + report.bench_notes(rows)

@@ -264,7 +264,7 @@ cdef inline uint64_t pte_mkuffd_wp(const pte_layout *L, uint64_t v) noexcept nog
 
 
 cdef inline uint64_t normalised(const pte_layout *L, const batch_scan *B, uint64_t v) noexcept nogil:
-    # The comparison form of folio_pte_batch(): pte_mkold, and pte_wrprotect, pte_mkclean, pte_clear_soft_dirty as asked.
+    # The comparison form of folio_pte_batch(): pte_mkold; pte_wrprotect, pte_mkclean, pte_clear_soft_dirty as asked.
     v &= ~B.clear
     return save_dirty(L, v) if B.fold else v
 
@@ -738,7 +738,8 @@ cdef copy_rules read_rules(const uint64_t[::1] values) except *:
     return R
 
 
-cdef memmap view_memmap(uint64_t[::1] words, uint64_t[::1] aux, const int32_t[::1] top, const int32_t[::1] sub) except *:
+cdef memmap view_memmap(uint64_t[::1] words, uint64_t[::1] aux, const int32_t[::1] top,
+                        const int32_t[::1] sub) except *:
     cdef memmap M
     if aux.shape[0] < words.shape[0]:
         raise ValueError("aux is shorter than words")

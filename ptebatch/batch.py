@@ -131,12 +131,13 @@ def folio_pte_batch(
         raise PfnError(pfn=pfn)
     head = folios.page(pfn).folio
     if semantics.fpb_respect:
-        respect = [bool(flags & bit) for bit in (FPB_RESPECT_DIRTY, FPB_RESPECT_SOFT_DIRTY, FPB_RESPECT_WRITE)]
+        respected = FPB_RESPECT_DIRTY, FPB_RESPECT_SOFT_DIRTY, FPB_RESPECT_WRITE
+        dirty, soft_dirty, write = (bool(flags & bit) for bit in respected)
     else:
-        respect = [not flags & FPB_IGNORE_DIRTY, not flags & FPB_IGNORE_SOFT_DIRTY, False]
+        dirty, soft_dirty, write = not flags & FPB_IGNORE_DIRTY, not flags & FPB_IGNORE_SOFT_DIRTY, False
     nr, any_writable, any_young, any_dirty, _ = _core.py_folio_pte_batch(
         entries.reshape(1, -1), idx, first, max_nr, head.pfn + head.nr_pages - pfn, _layout_words(layout),
-        *respect, semantics.fpb_clamp,
+        dirty, soft_dirty, write, semantics.fpb_clamp,
     )  # fmt: skip
     if semantics.fpb_respect:
         if flags & FPB_MERGE_WRITE and any_writable:

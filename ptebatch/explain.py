@@ -453,8 +453,9 @@ def what_if(mm: Mm, folio_bytes: int) -> Mm:
     """
     layout, folios = mm.layout, mm.folios
     ptrs, page_size = layout.ptrs_per_pte, layout.page_size
-    if type(folio_bytes) is not int or folio_bytes & (folio_bytes - 1) or not page_size <= folio_bytes <= ptrs * page_size:
-        raise ArgumentError(f"folio={folio_bytes!r}: must be a power of two in {page_size}..{ptrs * page_size} bytes")
+    most = ptrs * page_size
+    if type(folio_bytes) is not int or folio_bytes & (folio_bytes - 1) or not page_size <= folio_bytes <= most:
+        raise ArgumentError(f"folio={folio_bytes!r}: must be a power of two in {page_size}..{most} bytes")
     max_order = (folio_bytes // page_size).bit_length() - 1
 
     entries = mm.entries.copy()

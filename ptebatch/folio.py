@@ -228,7 +228,7 @@ class FolioTable:
         order = _count("order", order, MAX_ORDER)
         nr = 1 << order
         refcount = _count("refcount", refcount, MAX_COUNTER)
-        counts = [mapcount] * nr if np.isscalar(mapcount) or hasattr(mapcount, "__index__") else list(mapcount)  # type: ignore[arg-type]
+        counts = [mapcount] * nr if np.isscalar(mapcount) or hasattr(mapcount, "__index__") else list(mapcount)
         exclusive = [anon_exclusive] * nr if isinstance(anon_exclusive, (bool, np.bool_)) else list(anon_exclusive)
         if len(counts) != nr or len(exclusive) != nr:
             raise ArgumentError(f"mapcount and anon_exclusive must have one value for each of the {nr} pages")
@@ -349,7 +349,8 @@ class FolioTable:
         orders = (self._words[index] >> np.uint64(ORDER_SHIFT) & np.uint64((1 << ORDER_BITS) - 1)).astype(np.int64)
         nr = np.int64(1) << orders
         if (heads & (nr - 1)).any():
-            raise ArgumentError(f"PFN {int(heads[np.flatnonzero(heads & (nr - 1))[0]]):#x} is not the head of its folio")
+            bad = int(heads[np.flatnonzero(heads & (nr - 1))[0]])
+            raise ArgumentError(f"PFN {bad:#x} is not the head of its folio")
         pfns = _ranges(heads, nr)
         index = self._index(pfns)
         self._words[index] = 0
@@ -482,7 +483,7 @@ class FolioTable:
     def __contains__(self, pfn: object) -> bool:
         if not hasattr(pfn, "__index__"):
             return False
-        index = self._find(pfn.__index__())  # type: ignore[attr-defined]
+        index = self._find(pfn.__index__())
         return index >= 0 and int(self._words[index]) >> VALID_BIT != 0
 
     def _valid(self) -> I64:

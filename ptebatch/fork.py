@@ -81,7 +81,7 @@ class ForkStats:
     def from_array(cls, stats: npt.NDArray[np.int64]) -> ForkStats:
         """Read the counters of a stats array (:func:`ptebatch.mm.new_stats`)."""
         n = len(STAT_FIELDS)
-        return cls(*(int(value) for value in stats[:n]), batch_hist=stats[n:].copy())
+        return cls(**dict(zip(STAT_FIELDS, stats[:n].tolist(), strict=True)), batch_hist=stats[n:].copy())
 
     def to_dict(self) -> dict[str, Any]:
         """All counters as plain ints; ``batch_hist`` as {nr: batches}, zeros left out."""

@@ -1,13 +1,13 @@
 """An address space on disk: `save` and `load`.
 
-A snapshot is one safetensors file. Its header carries a JSON text under the key ``ptebatch-snapshot``: version, layout,
-names, and what was inferred. Its tensors are columns: ``tables.*`` and ``pmds.*`` (the two pools), ``vmas.*``,
-``folios.*`` by ascending PFN, ``large.*`` of those folios that have more than one page, ``pages.*`` of all folios' pages
-in the same order, and ``rss``.
+A snapshot is one safetensors file. Its header carries a JSON text under the key ``ptebatch-snapshot``: version,
+layout, names, and what was inferred. Its tensors are columns: ``tables.*`` and ``pmds.*`` (the two pools), ``vmas.*``,
+``folios.*`` by ascending PFN, ``large.*`` of those folios that have more than one page, ``pages.*`` of all folios'
+pages in the same order, and ``rss``.
 
-A file may come from anywhere, so `load` trusts nothing in it: the header is bounded by the size of the file before it is
-read, every tensor has to have its dtype and shape before it is read, and every value is checked before anything is built
-from it. What is allocated stays in proportion to the file.
+A file may come from anywhere, so `load` trusts nothing in it: the header is bounded by the size of the file before it
+is read, every tensor has to have its dtype and shape before it is read, and every value is checked before anything is
+built from it. What is allocated stays in proportion to the file.
 """
 
 from __future__ import annotations
@@ -331,10 +331,11 @@ def _document(text: str | None) -> dict[str, Any]:
         wrong = sorted(set(document) ^ set(_DOCUMENT))[0]
         _fail(f"metadata.{_shown(wrong)}", "missing" if wrong in _DOCUMENT else "unknown")
     for key, kind in _DOCUMENT.items():
-        value = document[key]
+        value: Any = document[key]
         if type(value) is not kind:
             _fail(f"metadata.{key}", f"must be of type {kind.__name__}, not {type(value).__name__}")
-        for item in value if kind is list else [value]:
+        items = value if kind is list else [value]
+        for item in items:
             if kind in (list, str) and (not isinstance(item, str) or len(item) > MAX_TEXT):
                 _fail(f"metadata.{key}", f"must be text of up to {MAX_TEXT} characters")
     for key in ("mm_id", "next_mm_id"):

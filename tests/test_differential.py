@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import build, cases, kernels
+from strategies import PRIVATE, Case, FolioSpec, Run, VmaSpec, build, cases, kernels
 
 from ptebatch.errors import PtebatchError
 from ptebatch.fork import ForkResult, fork
@@ -92,8 +92,6 @@ def test_wrprotect_range(case, semantics, single, first, nr):
 
 @pytest.mark.parametrize("batching", [None, False])
 def test_unbatched_preset_never_batches(batching, impl_name):
-    from strategies import Case, FolioSpec, PRIVATE, Run, VmaSpec
-
     case = Case(
         (FolioSpec(4, exclusive=(1 << 16) - 1),), (VmaSpec(3584, 16, PRIVATE, True, False, (Run(0, 0, 16, 2),)),), False
     )

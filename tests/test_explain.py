@@ -33,6 +33,7 @@ NO_SOFT_DIRTY = LATEST.replace(config=KernelConfig(mem_soft_dirty=False))
 KERNELS = [LATEST, V6_18, V6_9, NO_SOFT_DIRTY]
 TABLE = 512
 BASE = 0x40000 * TABLE  # a virtual page number, slot 0 of its table
+SIZES = [1 << n for n in range(12, 18)]
 
 
 def plain_batches(space: Mm, semantics: KernelSemantics) -> list[tuple[int, int]]:
@@ -93,7 +94,7 @@ def workloads(draw: st.DrawFn) -> workload.Workload:
     keys = ("fragmentation", "readonly", "clean", "old", "pinned", "shared", "holes", "cowed", "uffd_wp")
     return workload.Workload(
         size=draw(st.integers(300, 2600)) * 4096,
-        folio=tuple(draw(st.lists(st.sampled_from([1 << n for n in range(12, 18)]), min_size=1, max_size=3, unique=True))),
+        folio=tuple(draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=3, unique=True))),
         seed=draw(st.integers(0, 1000)),
         align=draw(st.sampled_from(workload.ALIGNMENTS)),
         soft_dirty=draw(st.sampled_from([None, 0.5])),
@@ -176,7 +177,7 @@ def space_of(
     pages: int | None = None,
     **vma: object,
 ) -> Mm:
-    """One VMA whose slots from `at` on hold `values` (None: empty), with `pages` pages (default: to the table's end)."""
+    """One VMA whose slots from `at` on hold `values` (None: empty); `pages` pages, by default to the table's end."""
     end = BASE + (TABLE if pages is None else at + pages)
     area = Vma((BASE + at) << 12, end << 12, vm_flags, **vma)  # type: ignore[arg-type]
     space = Mm.for_vmas(X86_64, folios, [area], has_pinned=has_pinned)

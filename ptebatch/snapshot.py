@@ -300,7 +300,7 @@ def _no_constant(text: str) -> NoReturn:
     raise SnapshotError(f"metadata: {text} is no number a snapshot has")
 
 
-_DOCUMENT: dict[str, type] = {
+_DOCUMENT: dict[str, type[Any]] = {
     "version": int,
     "layout": str,
     "mem_soft_dirty": bool,
@@ -334,8 +334,7 @@ def _document(text: str | None) -> dict[str, Any]:
         value: Any = document[key]
         if type(value) is not kind:
             _fail(f"metadata.{key}", f"must be of type {kind.__name__}, not {type(value).__name__}")
-        items = value if kind is list else [value]
-        for item in items:
+        for item in list(value) if kind is list else [value]:
             if kind in (list, str) and (not isinstance(item, str) or len(item) > MAX_TEXT):
                 _fail(f"metadata.{key}", f"must be text of up to {MAX_TEXT} characters")
     for key in ("mm_id", "next_mm_id"):

@@ -49,6 +49,7 @@ extensions = [
         include_dirs=["ptebatch"],
         depends=sorted(glob("ptebatch/*.h")),
         extra_compile_args=flags,
+        define_macros=[("PTEBATCH_CFLAGS", f'"{" ".join([*os.environ.get("CFLAGS", "").split(), *flags])}"')],
         extra_link_args=["-fsanitize=address,undefined"] if sanitize else [],
     )
     for source in sorted(glob("ptebatch/_*.pyx"))  # _core, and _measure: C kernels only bench and peers import

@@ -434,6 +434,7 @@ def bench(
 
     with _progress("measuring", still=True) as progress:
         document = run_bench(progress=progress, **given)
+    _notes(document["notes"])
     if as_json:
         _json(document)
         return

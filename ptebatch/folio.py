@@ -527,6 +527,12 @@ class FolioTable:
         """Mapcount of each page, int64."""
         return self._field(pfns, 0, MAX_MAPCOUNT).astype(np.int64)
 
+    def refcounts(self, pfns: Any) -> I64:
+        """Refcount of each page's folio, int64."""
+        array = _pfn_array("pfns", pfns)
+        orders = self.orders(array)
+        return self._field(array >> orders << orders, COUNTER_SHIFT, MAX_COUNTER).astype(np.int64)
+
     def orders(self, pfns: Any) -> I64:
         """Order of each page's folio, int64."""
         return self._field(pfns, ORDER_SHIFT, (1 << ORDER_BITS) - 1).astype(np.int64)

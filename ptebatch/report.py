@@ -346,6 +346,11 @@ def bench_notes(rows: Sequence[Mapping[str, Any]]) -> str:
         "limit: streaming over the same entries and nothing else",
         "pool: first touch of the child's fresh tables, not part of the other times",
     ]
+    if any("memory" in row for row in rows):
+        texts.append(
+            "a process is read from /proc, which shows neither the write, accessed and dirty bits nor reference "
+            "counts: they are assumed, and its batches are a bound"
+        )
     if any(row["source"] == "published" for row in rows):
         texts.append(
             "*: published for the whole fork() system call, v6.8-rc1 without and with the batching series (v3), on an "

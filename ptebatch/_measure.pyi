@@ -1,0 +1,27 @@
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+I32 = npt.NDArray[np.int32]
+U8 = npt.NDArray[np.uint8]
+
+COMPILER: str
+CFLAGS: str
+CYTHON: str
+SIMD_LEVELS: dict[str, int]
+STREAM_VARIANTS: dict[str, int]
+
+def supported() -> tuple[str, ...]: ...
+def py_stream(src: U64, dst: U64, a: int, b: int, level: str, variant: str) -> None: ...
+def py_plain_copy(
+    src: U64,
+    dst: U64,
+    folio_of: I32,
+    mapcount: I32,
+    exclusive: U8,
+    folio_end: I64,
+    refcount: I32,
+    words: U64,
+    batched: bool,
+) -> int: ...

@@ -1,0 +1,83 @@
+"""C kernels for measuring: the streaming limit and the plain C peer. Only ptebatch.bench and ptebatch.peers use it.
+
+What each kernel does is in measure.h. SIMD functions are called only at a level the CPU has; every index that comes out
+of an entry is checked.
+"""
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+
+cdef extern from "measure.h" nogil:
+    const char *PTEBATCH_COMPILER
+    const char *PTEBATCH_CFLAGS
+    enum: SIMD_SCALAR, SIMD_AVX2, SIMD_AVX512
+    enum: STREAM_PLAIN, STREAM_PREFETCH, STREAM_NONTEMPORAL
+    bint simd_supported(int level)
+    void stream(uint64_t *src, uint64_t *dst, size_t n, uint64_t a, uint64_t b, int level, int variant)
+    struct plain_state:
+        uint64_t *src
+        uint64_t *dst
+        size_t nr_ptes
+        const int32_t *folio_of
+        int32_t *mapcount
+        uint8_t *exclusive
+        size_t nr_pages
+        const int64_t *folio_end
+        int32_t *refcount
+        uint64_t base, present, write, young, dirty, saved_dirty_shift, pfn_shift, pfn_mask, ptrs_per_pte
+    size_t plain_copy_single(const plain_state *state)
+    size_t plain_copy_batched(const plain_state *state)
+
+cdef extern from *:
+    int CYTHON_HEX_VERSION
+
+COMPILER = PTEBATCH_COMPILER.decode()
+CFLAGS = PTEBATCH_CFLAGS.decode()
+CYTHON = f"{CYTHON_HEX_VERSION >> 24}.{CYTHON_HEX_VERSION >> 16 & 255}.{CYTHON_HEX_VERSION >> 8 & 255}"
+SIMD_LEVELS = {"scalar": SIMD_SCALAR, "avx2": SIMD_AVX2, "avx512": SIMD_AVX512}
+STREAM_VARIANTS = {"plain": STREAM_PLAIN, "prefetch": STREAM_PREFETCH, "non-temporal": STREAM_NONTEMPORAL}
+
+
+def supported():
+    """Names of the SIMD levels this CPU has, lowest first."""
+    return tuple(name for name, level in SIMD_LEVELS.items() if simd_supported(level))
+
+
+def py_stream(uint64_t[::1] src not None, uint64_t[::1] dst not None, uint64_t a, uint64_t b, str level not None,
+              str variant not None):
+    """src &= ~a; dst = src & ~b."""
+    cdef int number = SIMD_LEVELS[level], how = STREAM_VARIANTS[variant]
+    if dst.shape[0] != src.shape[0]:
+        raise ValueError("src and dst differ in length")
+    if not simd_supported(number):
+        raise ValueError(f"this CPU has no {level}")
+    if src.shape[0]:
+        with nogil:
+            stream(&src[0], &dst[0], src.shape[0], a, b, number, how)
+
+
+def py_plain_copy(uint64_t[::1] src not None, uint64_t[::1] dst not None, const int32_t[::1] folio_of not None,
+                  int32_t[::1] mapcount not None, uint8_t[::1] exclusive not None,
+                  const int64_t[::1] folio_end not None, int32_t[::1] refcount not None,
+                  const uint64_t[::1] words not None, bint batched):
+    """Copy; returns how many entries were. words: base, present, write, young, dirty, saved_dirty_shift, pfn_shift,
+    pfn_mask, ptrs_per_pte. The caller answers for folio_of and folio_end (ptebatch.peers.flatten makes them)."""
+    cdef plain_state s
+    cdef size_t done
+    if (dst.shape[0] != src.shape[0] or mapcount.shape[0] != folio_of.shape[0] or words.shape[0] != 9
+            or exclusive.shape[0] != folio_of.shape[0] or refcount.shape[0] != folio_end.shape[0]):
+        raise ValueError("shapes differ")
+    if not src.shape[0] or not folio_of.shape[0] or not refcount.shape[0]:
+        return 0
+    s.src = &src[0]
+    s.dst = &dst[0]
+    s.nr_ptes = src.shape[0]
+    s.folio_of = &folio_of[0]
+    s.mapcount = &mapcount[0]
+    s.exclusive = &exclusive[0]
+    s.nr_pages = folio_of.shape[0]
+    s.folio_end = &folio_end[0]
+    s.refcount = &refcount[0]
+    s.base, s.present, s.write, s.young, s.dirty = words[0], words[1], words[2], words[3], words[4]
+    s.saved_dirty_shift, s.pfn_shift, s.pfn_mask, s.ptrs_per_pte = words[5], words[6], words[7], words[8]
+    with nogil:
+        done = plain_copy_batched(&s) if batched else plain_copy_single(&s)
+    return done

@@ -1,0 +1,554 @@
+"""Measuring: how long the copy takes, beside the streaming limit, the naive loop and other peers.
+
+What is timed is the pass over the PFNs and the walk of all page tables (`ForkPlan.run`) into page tables that exist and
+have been touched, from a parent that is fresh in every round. Bringing it back to before the fork is not timed.
+
+The yardstick is the streaming limit of the same round: ``src &= ~RW; dst = src & ~A`` over as many entries, in the
+fastest of three variants. All cases take turns within a round and each begins as often as any other, so drift of the
+machine falls on all of them. A case's time is the median of its rounds. Before they are timed, the results of every
+case are checked once (the core's by `ForkCheck`, a peer's against the core's).
+
+Rows are plain dicts, see `run_bench`.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import numpy.typing as npt
+
+from ptebatch import _measure, live
+from ptebatch.arch import PteLayout, is_cow_mapping
+from ptebatch.capture import Capture, capture
+from ptebatch.errors import ArgumentError, PermissionDeniedError, StateError
+from ptebatch.fork import ForkPlan, ForkStats
+from ptebatch.mm import Mm, pte_pfns
+from ptebatch.peers import NAIVE, Peer, available, flatten
+from ptebatch.semantics import LATEST, KernelSemantics, running
+from ptebatch.workload import Workload, format_size
+
+__all__ = ["FOLIOS", "SCHEMA", "Case", "ForkCheck", "environment", "measure", "rows", "run_bench"]
+
+Bools = npt.NDArray[np.bool_]
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+Area = tuple[int, int]
+Progress = Callable[[int, int], object]
+Row = dict[str, Any]
+
+SCHEMA = 1
+PAGE = 4096
+FOLIOS = tuple(PAGE << order for order in (0, 2, 3, 4, 5, 6, 7, 8, 9))
+"""Folio sizes measured unless others are asked for: those of the published table."""
+ROUNDS = 25
+NAIVE_BYTES = 128 << 20
+"""Memory the naive loop runs on at most: it is too slow for more, and its time per entry does not get better."""
+REAL_BYTES = 1 << 30
+REAL_FOLIO = 64 << 10
+
+# fork() of 1 GiB, PTE-mapped: folio KiB -> seconds before and after the batching series (v3), David Hildenbrand,
+# <20240129124649.189745-1-david@redhat.com>, Intel Xeon Silver 4210R.
+PUBLISHED_BYTES = 1 << 30
+PUBLISHED = {
+    4: (0.014328, 0.014035),
+    16: (0.014263, 0.01196),
+    32: (0.014334, 0.01094),
+    64: (0.014046, 0.010444),
+    128: (0.014011, 0.010063),
+    256: (0.013993, 0.009938),
+    512: (0.013983, 0.00985),
+    1024: (0.013986, 0.00982),
+    2048: (0.014305, 0.010076),
+}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+@dataclass
+class Case:
+    """One thing to time.
+
+    Attributes
+    ----------
+    row : dict
+        What its row says besides the times: at least ``source`` and ``path``.
+    ptes : int
+        Present entries that one run copies.
+    reset : callable
+        Make everything as it was before a run; not timed.
+    run : callable
+        What is timed.
+    check : callable
+        Given what `run` returned, raises StateError if the result is wrong; called once, before the timed rounds.
+    """
+
+    row: Row
+    ptes: int
+    reset: Callable[[], Any]
+    run: Callable[[], Any]
+    check: Callable[[Any], None] = lambda result: None
+    times_ns: list[int] = field(default_factory=list)
+
+    @property
+    def ns_per_pte(self) -> float:
+        """Median time for each present entry."""
+        return float(np.median(self.times_ns)) / self.ptes
+
+
+def measure(cases: Sequence[Case], rounds: int, tick: Callable[[], object] = lambda: None) -> None:
+    """Time all cases `rounds` times, taking turns; a round before that checks their results and warms up.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+        Their ``times_ns`` are filled.
+    rounds : int
+    tick : callable
+        Called after every round.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for number in range(-1, rounds):
+            first = number % len(cases) if cases else 0
+            for case in [*cases[first:], *cases[:first]]:
+                case.reset()
+                begin = time.perf_counter_ns()
+                result = case.run()
+                took = time.perf_counter_ns() - begin
+                if number < 0:
+                    case.check(result)
+                else:
+                    case.times_ns.append(took)
+                del result
+            tick()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def rows(cases: Iterable[Case], **common: Any) -> list[Row]:
+    """Return a row for each case, in ns per PTE and as a multiple of the limit; of the limits, the fastest only."""
+    cases = list(cases)
+    limits = sorted((case for case in cases if case.row["source"] == "limit"), key=lambda case: case.ns_per_pte)
+    limit = limits[0].ns_per_pte if limits else None
+    found = []
+    for case in cases:
+        if case in limits[1:]:
+            continue
+        low, q1, q3, high = (float(q) / case.ptes for q in np.percentile(case.times_ns, (0, 25, 75, 100)))
+        found.append(
+            {
+                **common,
+                **case.row,
+                "ptes": case.ptes,
+                "ns_per_pte": case.ns_per_pte,
+                "x_limit": None if limit is None else case.ns_per_pte / limit,
+                "rounds": len(case.times_ns),
+                "min_ns_per_pte": low,
+                "q1_ns_per_pte": q1,
+                "q3_ns_per_pte": q3,
+                "max_ns_per_pte": high,
+            }
+        )
+    return found
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+def _mapped(mm: Mm) -> tuple[Bools, I64]:
+    """Which entries map a normal page, and the PFN of each of those."""
+    present, pfns = pte_pfns(mm.layout, mm.entries)
+    normal = present & ((mm.entries & np.uint64(mm.layout.special)) == 0)
+    return normal, pfns[normal].astype(np.int64)
+
+
+def _present(mm: Mm, start: int, end: int) -> U64:
+    entries = mm.ptes(start, end)
+    return entries[pte_pfns(mm.layout, entries)[0]]
+
+
+class ForkCheck:
+    """Checks a fork's result by rules that know nothing of how it was made.
+
+    Every entry of the child maps the page the parent's does and is not young, and in a private mapping neither of the
+    two is writable; every page has as many more mappings, and its folio as many more references, as entries of the
+    child map it; the child's rss and the statistics add up to its entries.
+
+    Parameters
+    ----------
+    plan : ForkPlan
+        Before it is run; of memory without pinned pages.
+    """
+
+    def __init__(self, plan: ForkPlan) -> None:
+        self._plan = plan
+        self._pfns = np.unique(_mapped(plan.mm)[1])
+        self._before = self._counts()
+
+    def _counts(self) -> tuple[I64, I64]:
+        folios = self._plan.mm.folios
+        return folios.mapcounts(self._pfns), folios.refcounts(self._pfns)
+
+    def __call__(self, stats: ForkStats) -> None:
+        """Check what ``plan.run()`` did and returned.
+
+        Raises
+        ------
+        StateError
+            Naming the rules that are broken.
+        """
+        mm, child, layout = self._plan.mm, self._plan.child, self._plan.mm.layout
+        parent = mm.entries[np.searchsorted(mm.vpns, child.vpns)]
+        normal, pfns = _mapped(child)
+        present, _ = pte_pfns(layout, child.entries)
+        cow = np.zeros(present.shape, dtype=bool)
+        for vma in (context.src_vma for context in self._plan.contexts):
+            if is_cow_mapping(vma.vm_flags):
+                first, last = child.rows(vma.start, vma.end)
+                pages = (child.vpns[first:last, None] + np.arange(layout.ptrs_per_pte)) << layout.page_shift
+                cow[first:last] |= (pages >= vma.start) & (pages < vma.end)
+        maps = np.bincount(np.searchsorted(self._pfns, pfns), minlength=len(self._pfns))
+        orders = mm.folios.orders(self._pfns)
+        _, folio_of = np.unique(self._pfns >> orders << orders, return_inverse=True)
+        references = np.bincount(folio_of, weights=maps).astype(np.int64)[folio_of]
+        mapcounts, refcounts = self._counts()
+        writable = (child.entries | parent) & np.uint64(layout.write) != 0
+        rules = {
+            "nothing was copied": not present.any(),
+            "the child maps other pages": (pte_pfns(layout, parent)[1][normal].astype(np.int64) != pfns).any(),
+            "the child has young entries": (present & (child.entries & np.uint64(layout.young) != 0)).any(),
+            "private memory is writable": (cow & present & writable).any(),
+            "mapcounts differ from the child's entries": (mapcounts != self._before[0] + maps).any(),
+            "refcounts differ from the child's entries": (refcounts != self._before[1] + references).any(),
+            "rss differs from the child's entries": int(child.rss.sum()) != len(pfns),
+            "statistics differ from the child's entries": stats.ptes_present != int(np.count_nonzero(present)),
+        }
+        broken = [rule for rule, is_broken in rules.items() if is_broken]
+        if broken:
+            raise StateError(f"the benchmark's fork went wrong: {', '.join(broken)}; please report this")
+
+
+def core_case(plan: ForkPlan) -> Case:
+    """Time `plan`, made with ``keep=True`` and not run yet."""
+    ptes = sum(len(_present(plan.mm, context.src_vma.start, context.src_vma.end)) for context in plan.contexts)
+    row = {"source": "core", "path": "batched" if plan.batching else "single"}
+    return Case(row, ptes, plan.reset, plan.run, ForkCheck(plan))
+
+
+def simd_level() -> str:
+    """Return the SIMD level to measure the limit at: the best this CPU has, or what PTEBATCH_SIMD asks for."""
+    wanted = os.environ.get("PTEBATCH_SIMD") or "auto"
+    have = _measure.supported()
+    if wanted == "auto":
+        return have[-1]
+    if wanted not in have:
+        raise ArgumentError(f"PTEBATCH_SIMD={wanted}: this CPU has {', '.join(have)}; or choose auto")
+    return wanted
+
+
+def limit_cases(entries: U64, layout: PteLayout) -> list[Case]:
+    """Return the streaming limit over copies of `entries`, in all variants at `simd_level`."""
+    level = simd_level()
+    src, dst = entries.copy(), np.zeros_like(entries)
+
+    def reset() -> None:
+        src[...] = entries
+        dst[...] = 0
+
+    def check(_: None) -> None:
+        if (src != entries & ~np.uint64(layout.write)).any() or (dst != src & ~np.uint64(layout.young)).any():
+            raise StateError("the streaming loop went wrong; please report this")
+
+    def case(variant: str) -> Case:
+        row = {"source": "limit", "path": "limit", "variant": variant, "simd": level}
+        run = functools.partial(_measure.py_stream, src, dst, layout.write, layout.young, level, variant)
+        return Case(row, len(entries), reset, run, check)
+
+    return [case(variant) for variant in _measure.STREAM_VARIANTS]
+
+
+def pool_case(plan: ForkPlan, ptes: int) -> Case:
+    """Allocation and first touch of the child's page tables, which is not part of the other cases' times."""
+    layout = plan.mm.layout
+    kept: list[Mm] = []  # what has been freed would be found again, touched already
+
+    def reset() -> None:
+        if sum(mm.entries.nbytes for mm in kept) > 1 << 28:
+            kept.clear()
+
+    def run() -> Mm:
+        child = Mm(layout, plan.mm.folios, vpns=plan.child.vpns, mm_id=plan.child.mm_id)
+        child.entries[:, 0] = layout.none_value  # a table is a page
+        kept.append(child)
+        return child
+
+    def check(child: Mm) -> None:
+        if child.entries.shape != plan.child.entries.shape or (child.entries != layout.none_value).any():
+            raise StateError("the child's page tables are not empty; please report this")
+
+    return Case({"source": "pool", "path": "pool"}, ptes, reset, run, check)
+
+
+def peer_cases(some: Iterable[Peer], mm: Mm, semantics: KernelSemantics, area: Area | None = None) -> list[Case]:
+    """Time peers on the first VMA of `mm` or an area of it; their results must be what the core makes of the same.
+
+    Raises
+    ------
+    StateError
+        The memory is not plain, see `ptebatch.peers.flatten`.
+    """
+    start, end = area or (None, None)
+    before = flatten(mm, start=start, end=end)
+    plan = ForkPlan(mm, semantics=semantics, keep=True)
+    plan.run()
+    after = flatten(mm, plan.child, start=start, end=end)
+    plan.reset()
+
+    def case(peer: Peer) -> Case:
+        state = peer.fresh(before)
+
+        def check(_: None) -> None:
+            if peer.result(state, before) != after:
+                raise StateError(f"{peer.source} ({peer.path}) and the core disagree; please report this")
+
+        def reset() -> None:
+            peer.reset(state, before)
+
+        return Case(
+            {"source": peer.source, "path": peer.path, "size_bytes": len(before.src) << mm.layout.page_shift},
+            len(before.src), reset, lambda: peer.run(state), check,
+        )  # fmt: skip
+
+    return [case(peer) for peer in some]
+
+
+def memory_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
+    """Return single and batched path, streaming limit and pool, on one address space that they share."""
+    single, batched = (ForkPlan(mm, semantics=semantics, batching=on, keep=True) for on in (False, None))
+    core = [core_case(single), core_case(batched)]
+    entries = [_present(mm, context.src_vma.start, context.src_vma.end) for context in batched.contexts]
+    return [*core, *limit_cases(np.concatenate(entries), mm.layout), pool_case(batched, core[0].ptes)]
+
+
+# --- real memory ------------------------------------------------------------------------------------------------------
+@dataclass
+class _Real:
+    label: str
+    seen: Capture
+    semantics: KernelSemantics
+    notes: list[str]
+
+
+def _capture(pid: str | None, size: int) -> _Real:
+    """Capture the process asked for; else one started for it that has folios of 64 KiB; else this interpreter."""
+    semantics, notes = running()
+    if pid is not None:
+        seen = capture(pid, semantics=semantics, swap="drop")
+        return _Real(f"process {seen.env['pid']} ({seen.env['comm']})", seen, semantics, notes)
+    try:
+        with live.Subject() as subject:
+            with live.Settings(live.mthp(REAL_FOLIO)):
+                subject.anon(size, REAL_FOLIO)
+            seen = capture(subject.pid, semantics=semantics, swap="drop")
+        label = f"a process with {format_size(size)} in {format_size(REAL_FOLIO)} folios"
+        return _Real(label, seen, semantics, notes)
+    except (ArgumentError, PermissionDeniedError, StateError) as error:
+        notes = [*notes, f"real memory is this interpreter's, not a process with 64KiB folios: {error}"]
+        return _Real("this interpreter", capture("self", semantics=semantics, swap="drop"), semantics, notes)
+
+
+def _plain_area(mm: Mm, most: int) -> Area | None:
+    """Longest run of present entries in private anonymous memory, at most `most` bytes."""
+    best = (0, 0)
+    for vma in mm.vmas:
+        if vma.vm_ops is not None or not is_cow_mapping(vma.vm_flags):
+            continue
+        entries = mm.ptes(vma.start, vma.end)
+        present, _ = pte_pfns(mm.layout, entries)
+        present &= (entries & np.uint64(mm.layout.special)) == 0
+        edges = np.flatnonzero(np.diff(present, prepend=False, append=False)).reshape(-1, 2)
+        if len(edges):
+            first, last = edges[np.argmax(edges[:, 1] - edges[:, 0])].tolist()
+            first, last = (vma.start + (page << mm.layout.page_shift) for page in (first, last))
+            best = max(best, (first, last), key=lambda area: area[1] - area[0])
+    return (best[0], min(best[1], best[0] + most)) if best[1] else None
+
+
+def _real_cases(real: _Real) -> list[Case]:
+    mm = real.seen.mm
+    cases = memory_cases(mm, real.semantics)
+    area = _plain_area(mm, NAIVE_BYTES)
+    try:
+        naive = peer_cases([NAIVE], mm, real.semantics, area) if area else []
+    except StateError as error:
+        real.notes.append(f"no naive loop on real memory: {error}")
+        naive = []
+    return [*naive, *cases]
+
+
+# --- environment ------------------------------------------------------------------------------------------------------
+def environment() -> dict[str, str]:
+    """Describe the machine, the kernel and the build that figures come from."""
+    cpuinfo = _read("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    found = [re.search(rf"^{key}\s*:\s*(\d+)$", cpuinfo, re.MULTILINE) for key in ("cpu family", "model", "stepping")]
+    numbers = f" ({'/'.join(number[1] for number in found if number)})" if all(found) else ""
+    caches = []
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind = _read(index / "type")
+        kind = {"Data": "d", "Instruction": "i"}.get(kind, "")
+        caches.append(f"L{_read(index / 'level')}{kind} {_read(index / 'size')}")
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    try:
+        thp = live.current(live.THP / "enabled")
+    except (PermissionDeniedError, StateError):
+        thp = "none"
+    return {
+        "cpu": f"{model[1] if model else platform.processor() or platform.machine()}{numbers}, {os.cpu_count()} CPUs",
+        "caches": ", ".join(caches) or "unknown",
+        "memory": f"{int(memory[1]) / (1 << 20):.1f} GiB" if memory else "unknown",
+        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "thp": thp,
+        "compiler": _measure.COMPILER,
+        "flags": _measure.CFLAGS,
+        "simd": simd_level(),
+        "cython": _measure.CYTHON,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "numpy": np.__version__,
+        "ptebatch": metadata.version("ptebatch"),
+        "commit": _commit(),
+    }
+
+
+def _read(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _commit() -> str:
+    """Commit of the source tree this package was installed from, with -dirty if that has been changed."""
+    try:
+        origin = json.loads(metadata.distribution("ptebatch").read_text("direct_url.json") or "{}").get("url", "")
+        tree = unquote(urlsplit(origin).path) if origin.startswith("file:") else ""
+        if not tree or not Path(tree, ".git").exists():
+            return "unknown"
+        command = ["git", "-C", tree, "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return "unknown"
+
+
+# --- the benchmark ----------------------------------------------------------------------------------------------------
+def _published(folios: Iterable[int]) -> list[Row]:
+    kernels = {"single": "v6.8-rc1", "batched": "v6.8-rc1 and batching v3"}
+    return [
+        {
+            "source": "published", "arch": "x86-64", "semantics": kernel, "size_bytes": PUBLISHED_BYTES,
+            "folio_bytes": folio, "order": _order(folio), "path": path,
+            "ns_per_pte": seconds * 1e9 / (PUBLISHED_BYTES / PAGE), "x_limit": None,
+        }
+        for folio in folios
+        if folio >> 10 in PUBLISHED
+        for (path, kernel), seconds in zip(kernels.items(), PUBLISHED[folio >> 10], strict=True)
+    ]  # fmt: skip
+
+
+def _order(folio: int) -> int:
+    return (folio // PAGE).bit_length() - 1
+
+
+def run_bench(
+    *,
+    size: int = 1 << 30,
+    folios: Sequence[int] = FOLIOS,
+    rounds: int = ROUNDS,
+    pid: str | None = None,
+    peers: bool = False,
+    semantics: KernelSemantics = LATEST,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure single, batched and naive copying: synthetic memory folio size by folio size, then a real process.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of memory to copy.
+    folios : sequence of int
+        Folio sizes in bytes.
+    rounds : int
+        Times that everything is measured.
+    pid : str, optional
+        The process to capture, or "self". Without one, a process with 64 KiB folios is started for it; where that is
+        not possible, it is this interpreter.
+    peers : bool
+        Also measure NumPy, Numba (if installed) and plain C.
+    semantics : KernelSemantics
+        For the synthetic memory; a real process gets the running kernel's.
+    progress : callable
+        Called as ``progress(done, total)``.
+
+    Returns
+    -------
+    dict
+        ``schema`` (an int), ``mode``, ``env`` (`environment`), ``bound`` (what was inferred of the real process),
+        ``notes``, and ``rows``: a dict for each measurement with ``source`` (core, naive, numpy, numba, c, limit,
+        pool, published), ``path`` (single, batched), ``arch``, ``semantics``, ``size_bytes``, ``folio_bytes`` and
+        ``order`` (None: mixed), ``ptes`` (present entries), ``ns_per_pte`` (median) and ``x_limit``, ``rounds`` and
+        the spread ``min_``, ``q1_``, ``q3_`` and ``max_ns_per_pte``; ``memory`` names what was copied if it is not
+        synthetic.
+    """
+    total = (len(folios) + 1) * (rounds + 2)
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    found: list[Row] = []
+    for folio in folios:
+        mm = Workload(size=size, folio=(folio,)).build()
+        small = Workload(size=NAIVE_BYTES, folio=(folio,)).build() if size > NAIVE_BYTES else mm
+        cases = [*peer_cases([NAIVE], small, semantics), *memory_cases(mm, semantics)]
+        if peers:
+            cases += peer_cases([peer for peer in available() if peer is not NAIVE], mm, semantics)
+        tick()
+        measure(cases, rounds, tick)
+        found += _rows(cases, mm, semantics, size_bytes=size, folio_bytes=folio, order=_order(folio))
+        del mm, small, cases
+    found += _published(folios)
+
+    real = _capture(pid, min(size, REAL_BYTES))
+    cases = _real_cases(real)
+    tick()
+    measure(cases, rounds, tick)
+    mm = real.seen.mm
+    real_bytes = max(case.ptes for case in cases) << mm.layout.page_shift
+    more = {"size_bytes": real_bytes, "folio_bytes": None, "order": None, "memory": real.label}
+    found += _rows(cases, mm, real.semantics, **more)
+    env = environment()
+    if peers:
+        env |= {peer.needs: metadata.version(peer.needs) for peer in available()}
+    return {
+        "schema": SCHEMA, "mode": "bench", "env": env, "rows": found, "bound": list(real.seen.bound),
+        "notes": [*real.notes, *real.seen.notes],
+    }  # fmt: skip
+
+
+def _rows(cases: Iterable[Case], mm: Mm, semantics: KernelSemantics, **common: Any) -> list[Row]:
+    return rows(cases, arch=mm.layout.name, semantics=semantics.label, **common)

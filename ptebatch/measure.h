@@ -1,0 +1,228 @@
+/*
+ * C kernels for measuring; ptebatch/_measure.pyx is their only user.
+ *
+ * Two kinds:
+ * - stream_*: the streaming limit. Rewrites a table and writes a second one from it, and does nothing else:
+ *   src &= ~a; dst = src & ~b. One function per SIMD level, each in three variants (enum stream_variant), because which
+ *   one is fastest depends on the size and the machine. The level is chosen at run time; a function is only called
+ *   where the CPU has its instructions (simd_supported).
+ * - plain_copy_*: fork's copy of private anonymous memory as straightforward C over a struct of arrays, one entry at a
+ *   time and batched. No intrinsics, no prefetching: what one writes before tuning.
+ */
+#ifndef PTEBATCH_MEASURE_H
+#define PTEBATCH_MEASURE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define PTEBATCH_X86 1
+#include <immintrin.h>
+#else
+#define PTEBATCH_X86 0
+#endif
+
+#if defined(__VERSION__) && defined(__clang__)
+#define PTEBATCH_COMPILER __VERSION__
+#elif defined(__VERSION__)
+#define PTEBATCH_COMPILER "gcc " __VERSION__
+#else
+#define PTEBATCH_COMPILER "unknown"
+#endif
+#ifndef PTEBATCH_CFLAGS
+#define PTEBATCH_CFLAGS "unknown"
+#endif
+
+enum simd_level { SIMD_SCALAR, SIMD_AVX2, SIMD_AVX512 };
+enum stream_variant { STREAM_PLAIN, STREAM_PREFETCH, STREAM_NONTEMPORAL };
+
+#define STREAM_AHEAD 64 /* entries: eight cache lines */
+
+static inline int simd_supported(int level)
+{
+    if (level == SIMD_SCALAR)
+        return 1;
+#if PTEBATCH_X86
+    __builtin_cpu_init();
+    if (level == SIMD_AVX2)
+        return __builtin_cpu_supports("avx2") != 0;
+    if (level == SIMD_AVX512)
+        return __builtin_cpu_supports("avx512f") != 0;
+#endif
+    return 0;
+}
+
+static inline void stream_scalar(uint64_t *src, uint64_t *dst, size_t n, uint64_t a, uint64_t b, int variant)
+{
+    size_t i = 0;
+#if defined(__GNUC__) || defined(__clang__)
+    if (variant == STREAM_PREFETCH) {
+        for (; i + 8 <= n; i += 8) {
+            __builtin_prefetch(src + i + STREAM_AHEAD, 1);
+            __builtin_prefetch(dst + i + STREAM_AHEAD, 1);
+            for (size_t k = i; k < i + 8; k++) {
+                src[k] &= ~a;
+                dst[k] = src[k] & ~b;
+            }
+        }
+    }
+#endif
+#if PTEBATCH_X86
+    if (variant == STREAM_NONTEMPORAL) {
+        for (; i < n; i++) {
+            src[i] &= ~a;
+            _mm_stream_si64((long long *)(dst + i), (long long)(src[i] & ~b));
+        }
+        _mm_sfence();
+    }
+#endif
+    for (; i < n; i++) {
+        src[i] &= ~a;
+        dst[i] = src[i] & ~b;
+    }
+}
+
+#if PTEBATCH_X86
+/*
+ * The AVX2 and the AVX-512 function differ in their width alone; a non-temporal store needs its address aligned to it.
+ */
+#define STREAM_FUNCTION(NAME, TARGET, WIDTH, VECTOR, SET1, LOAD, STORE, STREAM, ANDNOT)                                \
+    __attribute__((target(TARGET))) static void NAME(uint64_t *src, uint64_t *dst, size_t n, uint64_t a, uint64_t b,   \
+                                                     int variant)                                                      \
+    {                                                                                                                  \
+        const VECTOR va = SET1((long long)a), vb = SET1((long long)b);                                                 \
+        size_t i = 0;                                                                                                  \
+        for (; variant == STREAM_NONTEMPORAL && i < n && (uintptr_t)(dst + i) % (WIDTH * 8); i++) {                    \
+            src[i] &= ~a;                                                                                              \
+            dst[i] = src[i] & ~b;                                                                                      \
+        }                                                                                                              \
+        for (; i + 8 <= n; i += 8) {                                                                                   \
+            if (variant != STREAM_PLAIN)                                                                               \
+                __builtin_prefetch(src + i + STREAM_AHEAD, 1);                                                         \
+            if (variant == STREAM_PREFETCH)                                                                            \
+                __builtin_prefetch(dst + i + STREAM_AHEAD, 1);                                                         \
+            for (size_t k = i; k < i + 8; k += WIDTH) {                                                                \
+                VECTOR v = ANDNOT(va, LOAD((void *)(src + k)));                                                        \
+                STORE((void *)(src + k), v);                                                                           \
+                v = ANDNOT(vb, v);                                                                                     \
+                if (variant == STREAM_NONTEMPORAL)                                                                     \
+                    STREAM((void *)(dst + k), v);                                                                      \
+                else                                                                                                   \
+                    STORE((void *)(dst + k), v);                                                                       \
+            }                                                                                                          \
+        }                                                                                                              \
+        if (variant == STREAM_NONTEMPORAL)                                                                             \
+            _mm_sfence();                                                                                              \
+        for (; i < n; i++) {                                                                                           \
+            src[i] &= ~a;                                                                                              \
+            dst[i] = src[i] & ~b;                                                                                      \
+        }                                                                                                              \
+    }
+
+STREAM_FUNCTION(stream_avx2, "avx2", 4, __m256i, _mm256_set1_epi64x, _mm256_loadu_si256, _mm256_storeu_si256,
+                _mm256_stream_si256, _mm256_andnot_si256)
+STREAM_FUNCTION(stream_avx512, "avx512f", 8, __m512i, _mm512_set1_epi64, _mm512_loadu_si512, _mm512_storeu_si512,
+                _mm512_stream_si512, _mm512_andnot_si512)
+#endif
+
+/* The caller has asked simd_supported(). */
+static inline void stream(uint64_t *src, uint64_t *dst, size_t n, uint64_t a, uint64_t b, int level, int variant)
+{
+#if PTEBATCH_X86
+    if (level == SIMD_AVX512) {
+        stream_avx512(src, dst, n, a, b, variant);
+        return;
+    }
+    if (level == SIMD_AVX2) {
+        stream_avx2(src, dst, n, a, b, variant);
+        return;
+    }
+#endif
+    (void)level;
+    stream_scalar(src, dst, n, a, b, variant);
+}
+
+/* Struct of arrays: the entries of one area, and the pages and folios they map. Pages count from PFN `base`. */
+struct plain_state {
+    uint64_t *src;
+    uint64_t *dst;
+    size_t nr_ptes;
+    const int32_t *folio_of; /* by page: its folio */
+    int32_t *mapcount;       /* by page */
+    uint8_t *exclusive;      /* by page */
+    size_t nr_pages;
+    const int64_t *folio_end; /* by folio: the page behind its last one */
+    int32_t *refcount;        /* by folio */
+    uint64_t base, present, write, young, dirty, saved_dirty_shift, pfn_shift, pfn_mask, ptrs_per_pte;
+};
+
+static inline uint64_t plain_wrprotect(const struct plain_state *s, uint64_t pte)
+{
+    return (pte & ~(s->write | s->dirty)) | (pte & s->dirty) << s->saved_dirty_shift;
+}
+
+/* Both return nr_ptes, or the first entry that maps no page of the state. */
+static inline size_t plain_copy_single(const struct plain_state *state)
+{
+    const struct plain_state s = *state;
+    for (size_t i = 0; i < s.nr_ptes; i++) {
+        uint64_t pte = s.src[i];
+        size_t page = ((pte & s.pfn_mask) >> s.pfn_shift) - s.base;
+        if (!(pte & s.present) || page >= s.nr_pages)
+            return i;
+        s.refcount[s.folio_of[page]]++;
+        s.mapcount[page]++;
+        s.exclusive[page] = 0;
+        if (pte & s.write)
+            s.src[i] = pte = plain_wrprotect(&s, pte);
+        s.dst[i] = pte & ~s.young;
+    }
+    return s.nr_ptes;
+}
+
+static inline size_t plain_copy_batched(const struct plain_state *state)
+{
+    const struct plain_state s = *state;
+    const uint64_t step = (uint64_t)1 << s.pfn_shift;
+    size_t i = 0;
+    while (i < s.nr_ptes) {
+        uint64_t pte = s.src[i], writable = pte;
+        size_t page = ((pte & s.pfn_mask) >> s.pfn_shift) - s.base, nr, max_nr, left;
+        if (!(pte & s.present) || page >= s.nr_pages)
+            return i;
+        int32_t folio = s.folio_of[page];
+        if (page >= (size_t)s.folio_end[folio])
+            return i;
+        max_nr = (size_t)s.folio_end[folio] - page;
+        left = s.ptrs_per_pte - i % s.ptrs_per_pte;
+        if (left > s.nr_ptes - i)
+            left = s.nr_ptes - i;
+        if (max_nr > left)
+            max_nr = left;
+        uint64_t expected = plain_wrprotect(&s, pte) & ~s.young;
+        for (nr = 1; nr < max_nr; nr++) {
+            uint64_t next = s.src[i + nr];
+            expected += step;
+            if ((plain_wrprotect(&s, next) & ~s.young) != expected)
+                break;
+            writable |= next;
+        }
+        s.refcount[folio] += (int32_t)nr;
+        for (size_t k = page; k < page + nr; k++)
+            s.mapcount[k]++;
+        for (size_t k = page; k < page + nr; k++)
+            s.exclusive[k] = 0;
+        if (writable & s.write) {
+            for (size_t k = i; k < i + nr; k++)
+                s.src[k] = plain_wrprotect(&s, s.src[k]);
+            pte = plain_wrprotect(&s, pte);
+        }
+        pte &= ~s.young;
+        for (size_t k = i; k < i + nr; k++, pte += step)
+            s.dst[k] = pte;
+        i += nr;
+    }
+    return s.nr_ptes;
+}
+
+#endif

@@ -37,7 +37,7 @@ from ptebatch.folio import FolioTable
 from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, NR_MM_COUNTERS, Mm, Vma
 from ptebatch.semantics import KernelSemantics, running
 
-__all__ = ["Area", "Capture", "capture", "exit_on_signals", "parse_smaps"]
+__all__ = ["Area", "Capture", "Entries", "Frames", "Seen", "capture", "exit_on_signals", "look", "parse_smaps"]
 
 Bool = npt.NDArray[np.bool_]
 I64 = npt.NDArray[np.int64]
@@ -46,26 +46,27 @@ Progress = Callable[[int, int], None]
 
 PAGE_SHIFT = 12
 # /proc/PID/pagemap
-_PM_PFN = (1 << 55) - 1
-_PM_SOFT_DIRTY = 1 << 55
-_PM_EXCLUSIVE = 1 << 56
-_PM_UFFD_WP = 1 << 57
-_PM_GUARD = 1 << 58
-_PM_FILE = 1 << 61
-_PM_SWAP = 1 << 62
-_PM_PRESENT = 1 << 63
+PM_PFN = (1 << 55) - 1
+PM_SOFT_DIRTY = 1 << 55
+PM_EXCLUSIVE = 1 << 56
+PM_UFFD_WP = 1 << 57
+PM_GUARD = 1 << 58
+PM_FILE = 1 << 61
+PM_SWAP = 1 << 62
+PM_PRESENT = 1 << 63
 # Changes of other processes show in these; they do not make an area unstable.
-_PM_LOOSE = _PM_SOFT_DIRTY | _PM_EXCLUSIVE
+_PM_LOOSE = PM_SOFT_DIRTY | PM_EXCLUSIVE
 # /proc/kpageflags, bit numbers
-_KPF_ANON, _KPF_SWAPCACHE, _KPF_SWAPBACKED = 12, 13, 14
-_KPF_HEAD, _KPF_TAIL, _KPF_HUGE, _KPF_HWPOISON, _KPF_NOPAGE = 15, 16, 17, 19, 20
-_KPF_KSM, _KPF_ZERO_PAGE, _KPF_ANON_EXCLUSIVE, _KPF_PRIVATE = 21, 24, 34, 35
+KPF_ANON, KPF_SWAPCACHE, KPF_SWAPBACKED = 12, 13, 14
+KPF_HEAD, KPF_TAIL, KPF_HUGE, KPF_HWPOISON, KPF_NOPAGE = 15, 16, 17, 19, 20
+KPF_KSM, KPF_ZERO_PAGE, KPF_ANON_EXCLUSIVE, KPF_PRIVATE = 21, 24, 34, 35
+KPF_REFERENCED, KPF_DIRTY, KPF_IDLE = 2, 4, 25
 # PAGEMAP_SCAN
 _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED, _PAGE_IS_PFNZERO, _PAGE_IS_HUGE = 8, 16, 32, 64
 
 _PSE = 1 << 7
-_REAL_SWAP_TYPES = 23  # with every special type configured, these are left for swap files
+REAL_SWAP_TYPES = 23  # with every special type configured, these are left for swap files
 _MERGE_VPNS = 512  # pagemap: reading up to a page table of holes costs less than another call
 _MERGE_PFNS = 12  # kpageflags takes 0.1 us per page and 1.2 us per call
 _CHUNK = 1 << 20  # entries per read
@@ -102,6 +103,8 @@ class Capture:
         What was left out or looked odd, for people.
     env : dict
         ``pid``, ``comm``, ``kernel``, ``semantics``, ``seconds``, ``rounds`` (reads it took), ``frozen``.
+    seen : Seen, optional
+        What all this was made from.
     """
 
     mm: Mm
@@ -109,6 +112,7 @@ class Capture:
     pfns: Literal["real", "hidden"]
     notes: list[str] = field(default_factory=list)
     env: dict[str, Any] = field(default_factory=dict)
+    seen: Seen | None = None
 
 
 # --- maps and smaps ---------------------------------------------------------------------------------------------------
@@ -158,7 +162,8 @@ class Area:
 
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)[ \t]*(.*)$", re.MULTILINE)
 _FIELD = re.compile(
-    r"^(Rss|Shared_Dirty|Private_Dirty|Referenced|Anonymous|KSM|Swap|KernelPageSize|ProtectionKey): +(\d+)",
+    r"^(Rss|Shared_Dirty|Private_Dirty|Referenced|Anonymous|KSM|AnonHugePages|Swap|KernelPageSize|ProtectionKey):"
+    r" +(\d+)",
     re.MULTILINE,
 )
 _VMFLAGS = re.compile(r"^VmFlags:(.*)$", re.MULTILINE)
@@ -328,18 +333,30 @@ def _frozen(pid: str, timeout: float = 5.0) -> Iterator[bool]:
 
 # --- pagemap ----------------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
-class _Entries:
-    """Populated entries in address order: page number, pagemap value, whether a PMD leaf, whether the zero page."""
+class Entries:
+    """Populated entries in address order.
+
+    Attributes
+    ----------
+    vpn : int64 array
+        Page numbers.
+    value : uint64 array
+        What ``/proc/PID/pagemap`` shows.
+    huge, zero : bool arrays
+        PAGEMAP_SCAN calls it part of a PMD leaf (or hugetlb); a mapping of the zero page.
+    """
 
     vpn: I64
     value: U64
     huge: Bool
     zero: Bool
 
-    def at(self, index: Any) -> _Entries:
-        return _Entries(self.vpn[index], self.value[index], self.huge[index], self.zero[index])
+    def at(self, index: Any) -> Entries:
+        """Some of them, as by numpy."""
+        return Entries(self.vpn[index], self.value[index], self.huge[index], self.zero[index])
 
-    def same(self, other: _Entries) -> bool:
+    def same(self, other: Entries) -> bool:
+        """Whether they map the same in the same way."""
         loose = np.uint64(_PM_LOOSE)
         return (
             np.array_equal(self.vpn, other.vpn)
@@ -354,10 +371,11 @@ class _Entries:
         return np.searchsorted(self.vpn, starts), np.searchsorted(self.vpn, ends)
 
     @staticmethod
-    def join(parts: Sequence[_Entries]) -> _Entries:
+    def join(parts: Sequence[Entries]) -> Entries:
+        """All of them, in address order."""
         if len(parts) == 1:
             return parts[0]
-        joined = _Entries(
+        joined = Entries(
             *(np.concatenate([getattr(part, name) for part in parts]) for name in ("vpn", "value", "huge", "zero"))
         )
         return joined.at(np.argsort(joined.vpn, kind="stable"))
@@ -398,7 +416,7 @@ class _Pagemap:
     def close(self) -> None:
         os.close(self._fd)
 
-    def read(self, areas: Sequence[Area], whole: bool) -> _Entries:
+    def read(self, areas: Sequence[Area], whole: bool) -> Entries:
         """Entries of these areas; `whole`: they are all there are, so one scan covers them."""
         found = self._scan(areas, whole) if areas else np.zeros((0, 3), dtype=np.int64)
         if found is None:
@@ -413,7 +431,7 @@ class _Pagemap:
             ends = np.r_[found[:, 1], np.array([area.end for area in pfnmaps], dtype=np.int64)]
         starts, ends = _coalesce(starts >> PAGE_SHIFT, ends >> PAGE_SHIFT, _MERGE_VPNS)
         vpns, values = self._populated(starts, ends)
-        entries = _Entries(vpns, values, *self._marks(vpns, found))
+        entries = Entries(vpns, values, *self._marks(vpns, found))
         if not whole:
             first, last = entries.slices(areas)
             entries = entries.at(_ranges(first, last - first))
@@ -449,7 +467,7 @@ class _Pagemap:
         return np.concatenate(parts) if parts else np.zeros((0, 3), dtype=np.int64)
 
     def _populated(self, starts: I64, ends: I64) -> tuple[I64, U64]:
-        there = np.uint64(_PM_PRESENT | _PM_SWAP)
+        there = np.uint64(PM_PRESENT | PM_SWAP)
         vpns: list[I64] = [np.zeros(0, dtype=np.int64)]
         values: list[U64] = [np.zeros(0, dtype=np.uint64)]
         largest = min(_CHUNK, int((ends - starts).max(initial=1)))
@@ -488,8 +506,8 @@ def _pread(fd: int, buffer: U64, index: int) -> None:
 
 # --- kpageflags and kpagecount ----------------------------------------------------------------------------------------
 @dataclass(slots=True)
-class _Frames:
-    """Page frames by ascending PFN: kpageflags and kpagecount of each."""
+class Frames:
+    """Page frames by ascending PFN: ``/proc/kpageflags`` and ``/proc/kpagecount`` of each."""
 
     pfn: I64
     flags: U64
@@ -503,11 +521,12 @@ class _Frames:
         """One flag of all frames."""
         return _bit(self.flags, bit)
 
-    def updated(self, newer: _Frames) -> _Frames:
+    def updated(self, newer: Frames) -> Frames:
+        """These and newer ones, which win."""
         old = ~np.isin(self.pfn, newer.pfn, assume_unique=True)
         pfn = np.r_[self.pfn[old], newer.pfn]
         order = np.argsort(pfn, kind="stable")
-        return _Frames(
+        return Frames(
             pfn[order], np.r_[self.flags[old], newer.flags][order], np.r_[self.count[old], newer.count][order]
         )
 
@@ -549,17 +568,17 @@ class _KPages:
         os.close(self._flags)
         os.close(self._count)
 
-    def read(self, pfns: I64) -> _Frames:
+    def read(self, pfns: I64) -> Frames:
         """Frames of these PFNs and of the folios they belong to, mapped or not."""
         pfns = _distinct(pfns)
         if not len(pfns):
-            return _Frames(pfns, np.zeros(0, dtype=np.uint64), pfns)
+            return Frames(pfns, np.zeros(0, dtype=np.uint64), pfns)
         # One more at the end of each stretch shows whether a folio goes on there.
         last = pfns[np.r_[np.diff(pfns) != 1, True]]
         frames = _distinct(np.r_[pfns, last + 1])
         frames, flags = self._read(self._flags, frames)
         for order in (4, 9, 18):
-            tail = _bit(flags, _KPF_TAIL)
+            tail = _bit(flags, KPF_TAIL)
             alone = np.diff(frames) != 1
             before = frames[np.r_[True, alone] & tail]
             after = frames[np.r_[alone, True] & tail] + 1
@@ -576,7 +595,7 @@ class _KPages:
         kept = np.repeat(used, size)
         frames, flags = frames[kept], flags[kept]
         all_frames, count = self._read(self._count, frames)
-        return _Frames(frames, flags, count[_where(all_frames, frames)].astype(np.int64))
+        return Frames(frames, flags, count[_where(all_frames, frames)].astype(np.int64))
 
     @staticmethod
     def _read(fd: int, pfns: I64) -> tuple[I64, U64]:
@@ -594,7 +613,7 @@ class _KPages:
 
 def _folios(pfn: I64, flags: U64) -> tuple[Bool, I64, I64]:
     """Folios of ascending frames: which frames start one, their positions, their sizes in pages."""
-    starts = ~_bit(flags, _KPF_TAIL) | np.r_[True, np.diff(pfn) != 1]
+    starts = ~_bit(flags, KPF_TAIL) | np.r_[True, np.diff(pfn) != 1]
     first = np.flatnonzero(starts)
     return starts, first, np.diff(np.r_[first, len(pfn)])
 
@@ -656,6 +675,7 @@ def capture(
         reader.run(retries)
     kernel, notes = running() if semantics is None else (semantics, [])
     result = _Builder(reader, kernel, pmd, swap).build()
+    result.seen = reader.seen
     result.notes[:0] = notes
     result.env.update(
         pid=int(name), comm=reader.comm, kernel=platform.release(), semantics=kernel.label,
@@ -685,6 +705,36 @@ def _check_arguments(pid: int | str, pmd: str, swap: str, retries: int) -> str:
     return str(number)
 
 
+@dataclass(slots=True)
+class Seen:
+    """What the kernel shows of a process, nothing added.
+
+    Attributes
+    ----------
+    areas : list of Area
+        In address order.
+    entries : Entries
+        What is populated of them.
+    frames : Frames or None
+        Of every folio that they map, whole; None where the kernel hides PFNs.
+    """
+
+    areas: list[Area]
+    entries: Entries
+    frames: Frames | None
+
+
+def look(pid: int | str, *, retries: int = 3) -> Seen:
+    """Read what `capture` reads, and build nothing from it; same errors."""
+    name = _check_arguments(pid, "keep", "keep", retries)
+    reader = _Reader(name, lambda done, total: None)
+    try:
+        reader.run(retries)
+    finally:
+        reader.close()
+    return reader.seen
+
+
 class _Reader:
     """Everything that is read, until it is consistent."""
 
@@ -693,8 +743,8 @@ class _Reader:
         self.own = int(pid) == os.getpid()
         self.rounds = 0
         self.areas: list[Area] = []
-        self.entries = _Entries(*(np.zeros(0, dtype=t) for t in (np.int64, np.uint64, bool, bool)))
-        self.frames: _Frames | None = None
+        self.entries = Entries(*(np.zeros(0, dtype=t) for t in (np.int64, np.uint64, bool, bool)))
+        self.frames: Frames | None = None
         self.hidden = False
         self.changed: list[Area] = []
         self.scans = True
@@ -715,13 +765,17 @@ class _Reader:
         if self._kpages is not None:
             self._kpages.close()
 
+    @property
+    def seen(self) -> Seen:
+        return Seen(self.areas, self.entries, None if self.hidden else self.frames)
+
     def step(self) -> None:
         self._done = min(self._done + 1, _STEPS)
         self._progress(self._done, _STEPS)
 
     def run(self, retries: int) -> None:
-        settled: dict[tuple[Any, ...], _Entries] = {}
-        unsettled: dict[tuple[Any, ...], _Entries] = {}
+        settled: dict[tuple[Any, ...], Entries] = {}
+        unsettled: dict[tuple[Any, ...], Entries] = {}
         for _ in range(retries + 1):
             self.rounds += 1
             try:
@@ -746,9 +800,9 @@ class _Reader:
             )
         settled.update(unsettled)
         self.scans = self._pagemap.scans
-        self.entries = _Entries.join([settled[area.key] for area in self.areas] or [self.entries])
+        self.entries = Entries.join([settled[area.key] for area in self.areas] or [self.entries])
 
-    def _round(self, settled: dict[tuple[Any, ...], _Entries]) -> dict[tuple[Any, ...], _Entries]:
+    def _round(self, settled: dict[tuple[Any, ...], Entries]) -> dict[tuple[Any, ...], Entries]:
         """Read what is not settled twice; returns what was not the same."""
         every = parse_smaps(_text(self.pid, "smaps"))
         self.areas = [area for area in every if area.start < _VSYSCALL]
@@ -770,7 +824,7 @@ class _Reader:
         same = before.same(after)
         first, last = before.slices(pending)
         again_first, again_last = after.slices(pending)
-        unsettled: dict[tuple[Any, ...], _Entries] = {}
+        unsettled: dict[tuple[Any, ...], Entries] = {}
         self.changed = []
         for i, area in enumerate(pending):
             mine = before.at(slice(first[i], last[i]))
@@ -785,9 +839,9 @@ class _Reader:
             self.changed = [Area(key, {}, frozenset())]
         return unsettled
 
-    def _read_frames(self, areas: Sequence[Area], entries: _Entries) -> None:
-        present = entries.value & np.uint64(_PM_PRESENT) != 0
-        pfns = (entries.value & np.uint64(_PM_PFN)).astype(np.int64)
+    def _read_frames(self, areas: Sequence[Area], entries: Entries) -> None:
+        present = entries.value & np.uint64(PM_PRESENT) != 0
+        pfns = (entries.value & np.uint64(PM_PFN)).astype(np.int64)
         if present.any() and not pfns[present].any():
             self.hidden = True
         if self._kpages is None:
@@ -822,11 +876,11 @@ class _Builder:
         first, last = self.entries.slices(self.areas)
         self._nr = last - first
         value = self.entries.value
-        self.present = value & np.uint64(_PM_PRESENT) != 0
+        self.present = value & np.uint64(PM_PRESENT) != 0
         self.swapped = ~self.present
-        self.soft_dirty = value & np.uint64(_PM_SOFT_DIRTY) != 0
-        self.uffd_wp = value & np.uint64(_PM_UFFD_WP) != 0
-        self.pfn = np.where(self.present, value & np.uint64(_PM_PFN), np.uint64(0)).astype(np.int64)
+        self.soft_dirty = value & np.uint64(PM_SOFT_DIRTY) != 0
+        self.uffd_wp = value & np.uint64(PM_UFFD_WP) != 0
+        self.pfn = np.where(self.present, value & np.uint64(PM_PFN), np.uint64(0)).astype(np.int64)
         self.hugetlb = self._of_area("ht" in area.codes for area in self.areas)
         self.leaf = self.hugetlb | (self.entries.huge & self.present & self.keep_pmds)
 
@@ -854,7 +908,7 @@ class _Builder:
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
-    def _hidden_frames(self) -> _Frames:
+    def _hidden_frames(self) -> Frames:
         """One small folio per present entry; the zero page and PFN mappings are known without their PFN."""
         value = self.entries.value
         self.pfn = np.where(self.present, np.cumsum(self.present), 0)
@@ -862,23 +916,23 @@ class _Builder:
         self.leaf &= self.hugetlb
         normal = self.present & ~self.special
         shmem = self._of_area(_vm_ops(area, self.reader.tmpfs) == "shmem" for area in self.areas)[normal]
-        anon = value[normal] & np.uint64(_PM_FILE) == 0
-        exclusive = value[normal] & np.uint64(_PM_EXCLUSIVE) != 0
+        anon = value[normal] & np.uint64(PM_FILE) == 0
+        exclusive = value[normal] & np.uint64(PM_EXCLUSIVE) != 0
         flags = np.zeros(len(anon), dtype=np.uint64)
-        marks = ((_KPF_ANON, anon), (_KPF_SWAPBACKED, anon | shmem), (_KPF_ANON_EXCLUSIVE, anon & exclusive))
+        marks = ((KPF_ANON, anon), (KPF_SWAPBACKED, anon | shmem), (KPF_ANON_EXCLUSIVE, anon & exclusive))
         for bit, mark in marks:
             flags |= mark.astype(np.uint64) << np.uint64(bit)
-        return _Frames(self.pfn[normal], flags, np.where(exclusive, 1, 2))
+        return Frames(self.pfn[normal], flags, np.where(exclusive, 1, 2))
 
-    def _real_frames(self) -> _Frames:
+    def _real_frames(self) -> Frames:
         frames = self.reader.frames
         assert frames is not None
         device = self._of_area(_is_device(area) for area in self.areas)
         looked_up = self.present & ~device
         at = frames.where(self.pfn[looked_up])
-        absent = frames.has(_KPF_NOPAGE) | ((frames.flags == 0) & (frames.count == 0))
-        absent |= frames.has(_KPF_ZERO_PAGE)
-        unmapped = ~frames.has(_KPF_ANON)[at] & self._of_area("pf" in area.codes for area in self.areas)[looked_up]
+        absent = frames.has(KPF_NOPAGE) | ((frames.flags == 0) & (frames.count == 0))
+        absent |= frames.has(KPF_ZERO_PAGE)
+        unmapped = ~frames.has(KPF_ANON)[at] & self._of_area("pf" in area.codes for area in self.areas)[looked_up]
         unmapped |= (frames.count[at] == 0) & self._of_area("mm" in area.codes for area in self.areas)[looked_up]
         self.special = self.present & device
         self.special[looked_up] = absent[at] | unmapped
@@ -886,7 +940,7 @@ class _Builder:
 
     # --- the memmap ---------------------------------------------------------------------------------------------------
 
-    def _folio_table(self, frames: _Frames, at: I64, mine: I64, mine_entire: I64) -> tuple[FolioTable, U64]:
+    def _folio_table(self, frames: Frames, at: I64, mine: I64, mine_entire: I64) -> tuple[FolioTable, U64]:
         """The FolioTable, and the word of each frame (0 of those that no normal entry maps).
 
         `at` are the frames of normal entries; `mine` and `mine_entire` count this mm's mappings of each frame by PTEs
@@ -896,7 +950,7 @@ class _Builder:
         used = np.zeros(len(first), dtype=bool)
         used[(np.cumsum(starts) - 1)[at]] = True
         # A folio that changed while it was read need not look like one.
-        head = frames.has(_KPF_HEAD)[first] | (size == 1)
+        head = frames.has(KPF_HEAD)[first] | (size == 1)
         odd = used & ((size & (size - 1) != 0) | (frames.pfn[first] & (size - 1) != 0) | ~head)
         if odd.any():
             self.notes.append(f"{int(odd.sum())} folios of unlikely shape are taken as small ones")
@@ -913,8 +967,8 @@ class _Builder:
 
         order = np.frexp(size.astype(float))[1] - 1
         flags = frames.flags[first]
-        anon, hugetlb, ksm = (_bit(flags, bit) for bit in (_KPF_ANON, _KPF_HUGE, _KPF_KSM))
-        ksm &= anon & (size == 1) & self._in_ksm_areas(first, at, len(frames.pfn)) & ~_bit(flags, _KPF_ANON_EXCLUSIVE)
+        anon, hugetlb, ksm = (_bit(flags, bit) for bit in (KPF_ANON, KPF_HUGE, KPF_KSM))
+        ksm &= anon & (size == 1) & self._in_ksm_areas(first, at, len(frames.pfn)) & ~_bit(flags, KPF_ANON_EXCLUSIVE)
 
         # Mapcounts. kpagecount adds leaf mappings to each page's own.
         entire = np.where(hugetlb, np.maximum(frames.count[first], mine_entire[first]), mine_entire[first])
@@ -924,20 +978,20 @@ class _Builder:
         begin = np.cumsum(size) - size
         large = np.minimum(np.add.reduceat(count, begin) + entire, f.MAX_COUNTER)
         own = np.add.reduceat(mine[kept], begin) + mine_entire[first]
-        cached = ~anon | _bit(flags, _KPF_SWAPCACHE)
-        refcount = large + np.where(cached, size, 0) + _bit(flags, _KPF_PRIVATE)
+        cached = ~anon | _bit(flags, KPF_SWAPCACHE)
+        refcount = large + np.where(cached, size, 0) + _bit(flags, KPF_PRIVATE)
 
         u = np.uint64
-        swapbacked = _bit(flags, _KPF_SWAPBACKED) | anon
+        swapbacked = _bit(flags, KPF_SWAPBACKED) | anon
         whole = np.full(len(first), 1 << f.VALID_BIT, dtype=u)
         marks = ((f.ANON_BIT, anon), (f.SWAPBACKED_BIT, swapbacked), (f.KSM_BIT, ksm), (f.HUGETLB_BIT, hugetlb))
         for bit, mark in marks:
             whole |= mark.astype(u) << u(bit)
         whole |= order.astype(u) << u(f.ORDER_SHIFT)
-        exclusive = np.repeat(anon, size) & frames.has(_KPF_ANON_EXCLUSIVE)[kept]
+        exclusive = np.repeat(anon, size) & frames.has(KPF_ANON_EXCLUSIVE)[kept]
         exclusive &= count + np.repeat(entire, size) <= 1
         word = np.repeat(whole, size) | count.astype(u)
-        word |= exclusive.astype(u) << u(f.AE_BIT) | frames.has(_KPF_HWPOISON)[kept].astype(u) << u(f.HWPOISON_BIT)
+        word |= exclusive.astype(u) << u(f.AE_BIT) | frames.has(KPF_HWPOISON)[kept].astype(u) << u(f.HWPOISON_BIT)
         for page, counter, least in ((0, np.minimum(refcount, f.MAX_COUNTER), 1), (1, large, 2), (2, entire, 4)):
             some = size >= least
             word[begin[some] + page] |= counter[some].astype(u) << u(f.COUNTER_SHIFT)
@@ -1014,13 +1068,13 @@ class _Builder:
 
     def _swap_ptes(self) -> U64:
         layout, u = self.layout, np.uint64
-        frame = self.entries.value & u(_PM_PFN)
+        frame = self.entries.value & u(PM_PFN)
         kind, offset = frame & u(31), frame >> u(5)
         if self.reader.hidden:
-            guard = self.entries.value & u(_PM_GUARD) != 0
+            guard = self.entries.value & u(PM_GUARD) != 0
             kind = np.where(guard, u(arch.SWP_PTE_MARKER), u(0))
             offset = np.where(guard, u(arch.PTE_MARKER_GUARD), np.cumsum(self.swapped).astype(u))
-        self.real_swap = self.swapped & (kind < u(_REAL_SWAP_TYPES))
+        self.real_swap = self.swapped & (kind < u(REAL_SWAP_TYPES))
         offset ^= u((1 << layout.swp_offset_bits) - 1)
         value = kind << u(layout.swp_type_shift) | offset << u(layout.swp_offset_shift)
         private = self._of_area(arch.is_cow_mapping(area.vm_flags) for area in self.areas)
@@ -1061,7 +1115,7 @@ class _Builder:
     # --- areas --------------------------------------------------------------------------------------------------------
 
     def _vmas(self) -> list[Vma]:
-        guard = self.entries.value & np.uint64(_PM_GUARD) != 0
+        guard = self.entries.value & np.uint64(PM_GUARD) != 0
         guarded = np.bincount(self._of_area(range(len(self.areas)), np.int64)[guard], minlength=len(self.areas))
         vmas = []
         for area, guards in zip(self.areas, guarded.tolist(), strict=True):

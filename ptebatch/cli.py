@@ -804,6 +804,82 @@ def capture(
 
 @app.command(
     epilog=_examples(
+        "ptebatch verify",
+        "ptebatch verify --list",
+        "ptebatch verify --scenario 'anon-*' --scenario pinned-64k --json",
+        "ptebatch verify --scenario 'random-*' --seed 7 --impl reference",
+        "ptebatch verify --ktap > ptebatch.ktap",
+        "ptebatch verify --restore",
+    )
+)
+def verify(
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scenario",
+            metavar="NAME",
+            help="Only these; * and ? match as in the shell; can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random mixtures.")] = 1,
+    impl: Impl = "core",
+    semantics: SemanticsName = None,
+    switches: Switches = None,
+    names: Annotated[bool, typer.Option("--list", help="Show the scenarios and run none.")] = False,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Put back the settings that a killed run left changed; run nothing.")
+    ] = False,
+    ktap: Annotated[bool, typer.Option("--ktap", help="Print KTAP, as kernel CI reads it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the model with the running kernel (root).
+
+    Subject processes build memory, the model predicts, they really fork, and everything that can be seen of parent and
+    child is compared page by page. Settings of the machine (mTHP, KSM, swap, hugetlb) are borrowed under a lock and put
+    back. Exit code 0 means no mismatch and no failure.
+    """
+    if as_json and ktap:
+        raise _Usage("--json and --ktap exclude each other")
+    from ptebatch import live, report, verify
+
+    if restore:
+        restored = live.restore()
+        if as_json:
+            _json({"restored": restored})
+        else:
+            _print("\n".join(restored) or "nothing was left changed")
+        return
+    try:
+        chosen = verify.select(scenario or ())
+    except PtebatchError as error:
+        _usage(str(error), "--scenario")
+    if names:
+        listed = [{"name": one.name, "folio_bytes": one.folio, "doc": one.doc} for one in chosen]
+        if as_json:
+            _json({"scenarios": listed})
+        else:
+            _print(report.scenarios_table(listed))
+        return
+    kernel, notes = _resolve_semantics(semantics, switches, live=True)
+    with _progress("verifying", still=True) as progress:
+        document = verify.run(chosen, seed=seed, impl=impl, semantics=kernel, progress=progress)
+    _notes(notes)
+    if ktap:
+        _print(report.ktap(document["scenarios"]))
+    elif as_json:
+        _json(document)
+    else:
+        pairs = [(name, str(document[name])) for name in ("kernel", "semantics", "seed", "impl")]
+        pairs.append(("scenarios", report.verify_summary(document["scenarios"])))
+        tables = report.verify_table(document["scenarios"]), report.quantities_table(document["quantities"])
+        _print(report.pairs_table(pairs), *tables, *report.verify_reasons(document["scenarios"]))
+    if any(row["status"] == "failed" for row in document["scenarios"]):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command(
+    epilog=_examples(
         "ptebatch pte 0x8000000001234067",
         "ptebatch pte 0xfffffffffffff600 19088743 --json",
         "ptebatch pte --arch x86-64-v6.5 0x0200000001234065",

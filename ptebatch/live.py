@@ -8,16 +8,21 @@ it is told and goes away with its block.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
+import functools
+import itertools
 import json
 import os
 import re
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +30,10 @@ from typing import Any
 from ptebatch.capture import exit_on_signals
 from ptebatch.errors import ArgumentError, PermissionDeniedError, ProcessGoneError, PtebatchError, StateError
 
-__all__ = ["Settings", "Subject", "current", "folio_sizes", "mthp", "restore", "state_dir"]
+__all__ = [
+    "Child", "Fork", "Process", "Settings", "Subject", "current", "folio_sizes", "free_swap_area", "get_fd", "mthp",
+    "restore", "state_dir",
+]  # fmt: skip
 
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 PAGE_SIZE = 4096
@@ -42,11 +50,14 @@ def state_dir() -> Path:
 
 
 def current(path: str | os.PathLike[str]) -> str:
-    """Value of a setting; of a choice, the one in brackets.
+    """Value of a setting; of a choice, the one in brackets; of a `free_swap_area`, its size or "0".
 
     >>> current("/proc/sys/kernel/ostype")
     'Linux'
     """
+    device = _swap_device(path)
+    if device is not None:
+        return Path(device.sysfs, "disksize").read_text().strip()
     with _allowed(path):
         text = Path(path).read_text().strip()
     chosen = re.search(r"\[([^\]]*)\]", text)
@@ -54,6 +65,10 @@ def current(path: str | os.PathLike[str]) -> str:
 
 
 def _write(path: str, value: str) -> None:
+    device = _swap_device(path)
+    if device is not None:
+        device.resize(int(value))
+        return
     with _allowed(path):
         # One write, as sysfs wants it; not O_CREAT: a file that is not there is not to be made.
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -73,6 +88,57 @@ def _allowed(path: str | os.PathLike[str]) -> Iterator[None]:
         raise StateError(f"there is no {os.fspath(path)}: this kernel was built without it") from None
     except OSError as error:
         raise StateError(f"{os.fspath(path)}: {error.strerror}") from None
+
+
+_SWAP = "swap:"
+
+
+def free_swap_area() -> str | None:
+    """A setting whose value is the size in bytes of swap space in a zram device nobody uses; None without one.
+
+    Memory is written to it from the moment it has a size, by the whole machine, and read back when it is "0" again.
+    """
+    for path in sorted(Path("/sys/block").glob("zram*")):
+        if (path / "disksize").read_text().strip() == "0":
+            return f"{_SWAP}{path.name}"
+    return None
+
+
+def _swap_device(path: str | os.PathLike[str]) -> _Zram | None:
+    name = os.fspath(path)
+    return _Zram(name.removeprefix(_SWAP)) if name.startswith(_SWAP) else None
+
+
+class _Zram:
+    """A zram device as swap space."""
+
+    def __init__(self, name: str) -> None:
+        if not re.fullmatch(r"zram\d+", name):
+            raise StateError(f"{name!r} is no zram device")
+        self.device = f"/dev/{name}"
+        self.sysfs = f"/sys/block/{name}"
+
+    def resize(self, size: int) -> None:
+        """Take it out of use, and into use again unless the new size is 0."""
+        if any(line.split()[0] == self.device for line in Path("/proc/swaps").read_text().splitlines()):
+            self._swap("swapoff")
+        _write(f"{self.sysfs}/reset", "1")
+        if size:
+            _write(f"{self.sysfs}/disksize", str(size))
+            header = bytearray(PAGE_SIZE)
+            struct.pack_into("=3I", header, 1024, 1, size // PAGE_SIZE - 1, 0)  # version, last page, bad pages
+            header[-10:] = b"SWAPSPACE2"
+            with _allowed(self.device), open(self.device, "r+b") as file:
+                file.write(header)
+            self._swap("swapon")
+
+    def _swap(self, call: str) -> None:
+        arguments = (self.device.encode(), 0) if call == "swapon" else (self.device.encode(),)
+        if getattr(_libc(), call)(*arguments):
+            number = ctypes.get_errno()
+            if number == errno.EPERM:
+                raise PermissionDeniedError(f"not allowed to {call} {self.device}: run as root")
+            raise StateError(f"{call} {self.device}: {os.strerror(number)}")
 
 
 def folio_sizes() -> list[int]:
@@ -130,15 +196,21 @@ class Settings(contextlib.AbstractContextManager["Settings"]):
             self._state.restore()
             old = {path: current(path) for path in self._wanted}
             changes = {path: value for path, value in self._wanted.items() if old[path] != value}
-            if changes:
+            if old:
                 stack.callback(self._state.restore)
-                self._state.write({path: old[path] for path in changes})
+                self._state.write(old)
                 for path, value in changes.items():
                     _write(path, value)
                     if current(path) != value:
                         raise StateError(f"{path} did not take {value!r} and is {current(path)!r}")
             self._stack = stack.pop_all()
         return self
+
+    def change(self, path: str, value: str) -> None:
+        """Change one of them again; it is put back like the others."""
+        if path not in self._wanted:
+            raise ArgumentError(f"{path} is not among these settings")
+        _write(path, value)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -228,78 +300,96 @@ class _State:
 
 
 # --- subjects ---------------------------------------------------------------------------------------------------------
-_SCRIPT = r"""
-import ctypes, json, mmap, sys
+class Process(contextlib.AbstractContextManager["Process"]):
+    """A process that does as it is told, one call at a time (:mod:`ptebatch.subject`)."""
 
-MADV_DONTFORK, MADV_DOFORK, MADV_HUGEPAGE = 10, 11, 14
-PAGE, PMD = 4096, 2 << 20
-areas = {}
+    pid: int
+    """Its process id."""
 
-def do_anon(size, hugepage, pte_mapped):
-    # The area starts on a 2 MiB boundary inside a larger mapping, whose rest stays untouched.
-    memory = mmap.mmap(-1, size + PMD, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    view = ctypes.c_char.from_buffer(memory)
-    base = ctypes.addressof(view)
-    del view
-    offset = -base % PMD
-    if hugepage:
-        memory.madvise(MADV_HUGEPAGE, offset, size)
-    for at in range(offset, offset + size, PAGE):
-        memory[at] = 1 + at // PAGE % 255
-    if pte_mapped:
-        # Splitting the area inside a PMD mapping maps its folio by PTEs; the area is whole again afterwards.
-        for at in range(offset, offset + size - PMD + 1, PMD):
-            memory.madvise(MADV_DONTFORK, at + PAGE, PAGE)
-            memory.madvise(MADV_DOFORK, at + PAGE, PAGE)
-    areas[base + offset] = memory, offset
-    return base + offset
+    pipes: list[tuple[int, int, int, int]]
+    """For children to come: where they read calls and write answers (their numbers), and the other ends (ours)."""
 
-def do_write(address, size, step):
-    for base, (memory, offset) in areas.items():
-        if base <= address < base + len(memory) - offset:
-            start = address - base + offset
-            for at in range(start, start + size, step):
-                memory[at] = (memory[at] + 1) % 255 + 1
-            return None
-    raise LookupError(hex(address))
+    def __init__(self, calls: int, answers: int) -> None:
+        self._calls = os.fdopen(calls, "w", encoding="utf-8")
+        self._answers = os.fdopen(answers, encoding="utf-8")
 
-def do_unmap(address):
-    areas.pop(address)[0].close()
+    def call(self, name: str, **arguments: Any) -> Any:
+        """Have it do something, and wait for that."""
+        self.tell(name, **arguments)
+        return self.answer()
 
-def do_quit():
-    sys.exit(0)
+    def tell(self, name: str, **arguments: Any) -> None:
+        """Have it do something."""
+        with contextlib.suppress(BrokenPipeError):  # answer() then says it
+            self._calls.write(json.dumps({"do": name, **arguments}) + "\n")
+            self._calls.flush()
 
-print("{}", flush=True)
-for line in sys.stdin:
-    call = json.loads(line)
-    try:
-        answer = {"result": globals()["do_" + call.pop("do")](**call)}
-    except Exception as error:
-        answer = {"error": repr(error)}
-    print(json.dumps(answer), flush=True)
-"""
+    def answer(self) -> Any:
+        """What it says of the oldest call not answered yet."""
+        line = self._answers.readline()
+        if not line:
+            raise ProcessGoneError(f"subject process {self.pid} has ended{self._status()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise StateError(f"subject process {self.pid}: {answer['error']}")
+        return answer.get("result")
+
+    def _status(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        """End it."""
+        with contextlib.suppress(BrokenPipeError):
+            self._calls.close()
+        self._answers.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-class Subject(contextlib.AbstractContextManager["Subject"]):
+class Subject(Process):
     """A small Python process that builds memory as it is told, then holds still.
 
     It ends with the ``with`` block, or with this process if that is killed.
+
+    Parameters
+    ----------
+    forks : int
+        How often it, or a child of it, can be made to fork (`Fork`).
     """
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, *, forks: int = 0) -> None:
+        theirs: list[tuple[int, int]] = []
+        ours: list[tuple[int, int]] = []
+        for _ in range(forks + 1):
+            read, call = os.pipe()
+            answer, write = os.pipe()
+            theirs.append((read, write))
+            ours.append((call, answer))
         try:
-            self._answer()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(Path(__file__).with_name("subject.py")), *map(str, theirs[0])],
+                stdin=subprocess.DEVNULL,
+                pass_fds=list(itertools.chain(*theirs)),
+            )
+        except BaseException:
+            for fd in itertools.chain(*ours):
+                os.close(fd)
+            raise
+        finally:
+            for fd in itertools.chain(*theirs):
+                os.close(fd)
+        self.pid = self._process.pid
+        super().__init__(*ours[0])
+        self.pipes = [(*theirs[i], *ours[i]) for i in range(1, forks + 1)]
+        try:
+            self.answer()
+            self.call("touch", runs=[])  # once round its loop: waiting for a call no longer changes its memory
         except BaseException:
             self.close()
             raise
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
 
     def anon(self, size: int, folio_bytes: int = PAGE_SIZE, *, pte_mapped: bool = True) -> int:
         """Map and touch private anonymous memory on a 2 MiB boundary; returns its address.
@@ -317,44 +407,172 @@ class Subject(contextlib.AbstractContextManager["Subject"]):
         """Give back what `anon` made."""
         self.call("unmap", address=address)
 
-    def call(self, name: str, **arguments: Any) -> Any:
-        """Have it do something, and wait for that."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"do": name, **arguments}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # what _answer() then says
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ProcessGoneError(f"subject process {self.pid} has ended (status {self._process.wait(5)})")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise StateError(f"subject process {self.pid}: {answer['error']}")
-        return answer.get("result")
+    def _status(self) -> str:
+        return f" (status {self._process.wait(5)})"
 
     def close(self) -> None:
         """End and reap it."""
         process = self._process
-        with contextlib.suppress(BrokenPipeError):
-            if process.stdin is not None:
-                process.stdin.close()
+        for *_, calls, answers in self.pipes:
+            os.close(calls)
+            os.close(answers)
+        self.pipes.clear()
         try:
+            super().close()
             process.wait(timeout=2)
         except BaseException:
             process.kill()
             process.wait()
             if not isinstance(sys.exception(), subprocess.TimeoutExpired):
                 raise
-        finally:
-            if process.stdout is not None:
-                process.stdout.close()
+
+
+class Child(Process):
+    """What a `Fork` made; it ends with `end`, with the `with` block, or with the subject."""
+
+    def __init__(self, parent: Process, pid: int, calls: int, answers: int) -> None:
+        super().__init__(calls, answers)
+        self.pipes = parent.pipes
+        self.parent = parent
+        self.pid = pid
+        self._ended = False
+
+    def end(self) -> None:
+        """End it and have its parent reap it."""
+        if not self._ended:
+            self._ended = True
+            super().close()
+            self.parent.call("reap", pid=self.pid)
+
+    def close(self) -> None:
+        """End it, whatever state it is in."""
+        if self._ended:
+            return
+        self._ended = True
+        super().close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(PtebatchError):
+            self.parent.call("reap", pid=self.pid)
+
+
+class Fork(contextlib.AbstractContextManager["Fork"]):
+    """A fork of a `Process` that is held (by ptrace) right before and right after: nobody runs in between.
+
+    Inside the ``with`` block the process stands at the entry of its fork system call. `run` lets it fork; parent and
+    child then stand still until the block ends. Everything happens in one thread, as ptrace wants it.
+    """
+
+    _SYSCALLS = (56, 57, 58, 435)  # clone, fork, vfork, clone3 of x86-64
+    _SYSCALL_ENTRY = 1
+
+    def __init__(self, parent: Process, *, timeout: float = 20.0) -> None:
+        self.parent = parent
+        self.child: Child | None = None
+        self._timeout = timeout
+        self._held: list[int] = []
+
+    def __enter__(self) -> Fork:
+        pid = self.parent.pid
+        calls, answers = self.parent.pipes[-1][:2]
+        try:
+            _ptrace(_PTRACE_SEIZE, pid, 0, _PTRACE_O_TRACESYSGOOD | _PTRACE_O_TRACEFORK | _PTRACE_O_EXITKILL)
+            self._held.append(pid)
+            _ptrace(_PTRACE_INTERRUPT, pid)
+            self._wait(pid)
+            self.parent.tell("fork", calls=calls, answers=answers)
+            info = ctypes.create_string_buffer(88)
+            while True:
+                _ptrace(_PTRACE_SYSCALL, pid)
+                if self._wait(pid) != signal.SIGTRAP | 0x80:
+                    continue
+                _ptrace(_PTRACE_GET_SYSCALL_INFO, pid, len(info), ctypes.addressof(info))
+                entry, number = info.raw[0], int.from_bytes(info.raw[24:32], "little")
+                if entry == self._SYSCALL_ENTRY and number in self._SYSCALLS:
+                    return self
+        except BaseException:
+            self._release()
+            raise
+
+    def run(self, while_waiting: Callable[[], object] = lambda: None) -> Child:
+        """Fork; returns the child, which stands still.
+
+        `while_waiting` is called again and again meanwhile: somebody may have to answer the kernel.
+        """
+        pid = self.parent.pid
+        _ptrace(_PTRACE_CONT, pid)
+        stop = self._wait(pid, while_waiting)
+        if stop != signal.SIGTRAP | _PTRACE_EVENT_FORK << 8:
+            raise StateError(f"subject process {pid} stopped with {stop:#x} instead of forking: did its fork fail?")
+        message = ctypes.c_ulong()
+        _ptrace(_PTRACE_GETEVENTMSG, pid, 0, ctypes.addressof(message))
+        child = message.value
+        self._held.append(child)
+        self._wait(child)
+        _, _, calls, answers = self.parent.pipes.pop()
+        self.child = Child(self.parent, child, calls, answers)
+        return self.child
+
+    def _wait(self, pid: int, meanwhile: Callable[[], object] = lambda: None) -> int:
+        """Wait until a traced process stops; returns the signal, with the event above it."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            found, status = os.waitpid(pid, _WALL | os.WNOHANG)
+            if found and os.WIFSTOPPED(status):
+                return status >> 8
+            if found:
+                raise ProcessGoneError(f"subject process {pid} has ended (status {status})")
+            if time.monotonic() > deadline:
+                raise StateError(f"subject process {pid} does not come to its fork within {self._timeout} s")
+            meanwhile()
+            time.sleep(0.0002)
+
+    def _release(self) -> None:
+        while self._held:
+            with contextlib.suppress(OSError):
+                _ptrace(_PTRACE_DETACH, self._held.pop())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self._release()
+        if kind is None and self.child is not None:
+            self.parent.answer()
+            self.child.answer()
+
+
+_PTRACE_CONT, _PTRACE_DETACH, _PTRACE_SYSCALL = 7, 17, 24
+_PTRACE_GETEVENTMSG, _PTRACE_SEIZE, _PTRACE_INTERRUPT, _PTRACE_GET_SYSCALL_INFO = 0x4201, 0x4206, 0x4207, 0x420E
+_PTRACE_O_TRACESYSGOOD, _PTRACE_O_TRACEFORK, _PTRACE_O_EXITKILL = 1, 2, 1 << 20
+_PTRACE_EVENT_FORK = 1
+_WALL = 0x40000000
+
+
+def get_fd(pid: int, fd: int) -> int:
+    """A file descriptor of this process for what is open in another one (pidfd_getfd)."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        mine = _libc().syscall(438, pidfd, fd, 0)
+        if mine < 0:
+            raise StateError(f"file descriptor {fd} of process {pid}: {os.strerror(ctypes.get_errno())}")
+        return int(mine)
+    finally:
+        os.close(pidfd)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.restype = ctypes.c_long
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    return libc
+
+
+def _ptrace(request: int, pid: int, addr: int = 0, data: int = 0) -> None:
+    if _libc().ptrace(request, pid, addr, data) < 0:
+        number = ctypes.get_errno()
+        if number == errno.EPERM:
+            raise PermissionDeniedError(f"not allowed to trace process {pid}: run as root, outside other tracers")
+        if number == errno.ESRCH:
+            raise ProcessGoneError(f"subject process {pid} has ended or runs")
+        raise StateError(f"ptrace request {request:#x} of process {pid}: {os.strerror(number)}")

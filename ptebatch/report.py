@@ -30,9 +30,15 @@ __all__ = [
     "format_share",
     "hist_table",
     "inferred_text",
+    "ktap",
     "pairs_table",
+    "quantities_table",
     "render",
+    "scenarios_table",
     "titled",
+    "verify_reasons",
+    "verify_summary",
+    "verify_table",
     "vma_table",
 ]
 
@@ -359,4 +365,56 @@ def bench_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["All times in ns per PTE."]
     for text in texts:
         lines += textwrap.wrap(text, 80, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+def scenarios_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """What there is to verify: name, folio size, what it is."""
+    table = _table("scenario", "folio", "memory", left=("scenario", "memory"))
+    for row in rows:
+        _add(table, row["name"], format_size(row["folio_bytes"]), row["doc"])
+    return table
+
+
+def verify_summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Scenarios by status, checks and mismatches, in a line."""
+    count = {status: sum(row["status"] == status for row in rows) for status in ("passed", "failed", "skipped")}
+    checks, bad = (sum(row[name] for row in rows) for name in ("checks", "mismatches"))
+    return ", ".join(
+        [*(f"{n} {status}" for status, n in count.items()), f"{checks:,} checks", f"{bad:,} mismatches"]
+    )
+
+
+def verify_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Scenarios and what became of them."""
+    table = _table("scenario", "status", "checks", "mismatches", "seconds", left=("scenario", "status"))
+    for row in rows:
+        numbers = format_count(row["checks"]), format_count(row["mismatches"]), f"{row['seconds']:.2f}"
+        _add(table, row["name"], row["status"], *numbers)
+    return table
+
+
+def quantities_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Each quantity: whether it is seen, inferred or unseen, and by what."""
+    table = _table("quantity", "shown", "checks", "mismatches", "by", left=("quantity", "shown", "by"))
+    for row in rows:
+        numbers = [format_count(row[name]) if row["checks"] else "-" for name in ("checks", "mismatches")]
+        _add(table, row["name"], row["shown"], *numbers, row["by"])
+    return table
+
+
+def verify_reasons(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why scenarios failed or were skipped, as text."""
+    return [f"{row['name']} {row['status']}:\n{textwrap.indent(row['reason'], '  ')}" for row in rows if row["reason"]]
+
+
+def ktap(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Scenarios as KTAP version 1 (Documentation/dev-tools/ktap.rst)."""
+    lines = ["KTAP version 1", f"1..{len(rows)}"]
+    for number, row in enumerate(rows, 1):
+        lines += [f"# {row['name']}: {line}" for line in row["reason"].splitlines() if row["status"] == "failed"]
+        directive = f" # SKIP {' '.join(row['reason'].split())}" if row["status"] == "skipped" else ""
+        lines.append(f"{'not ok' if row['status'] == 'failed' else 'ok'} {number} {row['name']}{directive}")
+    lines.append(f"# {verify_summary(rows)}")
     return "\n".join(lines)

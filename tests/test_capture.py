@@ -137,13 +137,13 @@ def build(
     pfns = sorted(frames or {})
     reader = SimpleNamespace(
         areas=c.parse_smaps(text),
-        entries=c._Entries(
+        entries=c.Entries(
             index + (BASE >> 12),
             np.array([entries[i] for i in index.tolist()], dtype=np.uint64),
             np.isin(index, huge),
             np.isin(index, zero),
         ),
-        frames=c._Frames(
+        frames=c.Frames(
             np.array(pfns, dtype=np.int64),
             np.array([(frames or {})[pfn][0] for pfn in pfns], dtype=np.uint64),
             np.array([(frames or {})[pfn][1] for pfn in pfns], dtype=np.int64),

@@ -17,9 +17,10 @@ import pytest
 from typer.testing import CliRunner
 
 import ptebatch
-from ptebatch import bench, cli, snapshot, workload
+from ptebatch import bench, cli, live, snapshot, verify, workload
 from ptebatch.mm import STAT_FIELDS
 from ptebatch.semantics import PRESETS, SWITCHES
+from ptebatch.verify import QUANTITIES
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands)
@@ -93,6 +94,25 @@ def measured(monkeypatch) -> dict:
         return run_bench(progress=progress, **{**kwargs, "size": 4 << 20, "rounds": 1, "folios": (4096,)})
 
     monkeypatch.setattr(bench, "run_bench", on_less)
+    return asked
+
+
+@pytest.fixture
+def verified(monkeypatch) -> dict:
+    """Nothing is verified: what was asked for."""
+    asked: dict = {}
+
+    def run_verify(scenarios, *, progress, **kwargs):
+        asked.update(kwargs, scenarios=[scenario.name for scenario in scenarios])
+        rows = [verify.Outcome(scenario.name).to_dict() for scenario in scenarios]
+        for row, change in zip(rows, asked.get("outcomes", ()), strict=False):
+            row.update(change)
+        quantities = [dict(zip(("name", "shown", "by"), q, strict=True), checks=1, mismatches=0) for q in QUANTITIES]
+        document = {"kernel": "6.18.0", "semantics": "v6.18", "seed": 1, "impl": "core"}
+        return {**document, "scenarios": rows, "quantities": quantities}
+
+    monkeypatch.setattr(verify, "run", run_verify)
+    monkeypatch.setattr(live, "restore", lambda: asked.get("restored", []))
     return asked
 
 
@@ -174,7 +194,7 @@ def readme_commands() -> list[str]:
 
 @needs_proc
 @pytest.mark.parametrize("example", sorted({*epilogs(), *readme_commands()}))
-def test_every_example_runs(example, child, measured, snapshot_file, monkeypatch):
+def test_every_example_runs(example, child, measured, verified, snapshot_file, monkeypatch):
     """As it is written, on less memory and on a process that exists."""
     monkeypatch.chdir(snapshot_file.parent)
     text = re.sub(r"\b1234\b", str(child.pid), example.partition(" > ")[0])
@@ -554,3 +574,47 @@ def test_progress_is_for_terminals(monkeypatch):
     assert done.returncode == 0
     assert "making the address space" in shown
     assert json.loads(done.stdout)["batching"] is True
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+def test_verify_says_what_it_compared(verified):
+    said = run("verify", "--scenario", "pinned-*", "--seed", "7").stdout
+    assert verified["seed"] == 7
+    assert verified["scenarios"] == [name for name in verify.SCENARIOS if name.startswith("pinned-")]
+    assert len(verified["scenarios"]) > 2
+    assert all(name in said for name in verified["scenarios"])
+    assert all(quantity in said for quantity, *_ in QUANTITIES)
+    assert {"seen", "inferred", "unseen"} == {shown for _, shown, _ in QUANTITIES}
+
+
+def test_verify_fails_with_a_mismatch(verified):
+    verified["outcomes"] = [
+        {"status": "failed", "checks": 3, "mismatches": 1, "reason": "page 0x1000: mapcount"},
+        {"status": "skipped", "reason": "no KSM"},
+    ]
+    said = run("verify", code=1).stdout
+    assert "mapcount" in said and "no KSM" in said
+    document = json.loads(run("verify", "--json", code=1).stdout)
+    assert document["scenarios"][0].items() >= verified["outcomes"][0].items()
+    lines = run("verify", "--ktap", code=1).stdout.splitlines()
+    assert lines[:2] == ["KTAP version 1", f"1..{len(verify.SCENARIOS)}"]
+    first, second, third = list(verify.SCENARIOS)[:3]
+    assert lines[2] == f"# {first}: page 0x1000: mapcount"
+    assert lines[3:6] == [f"not ok 1 {first}", f"ok 2 {second} # SKIP no KSM", f"ok 3 {third}"]
+    verified["outcomes"] = verified["outcomes"][1:]
+    run("verify")  # what is skipped does not fail
+
+
+def test_verify_lists_and_restores(verified):
+    listed = run_json("verify", "--list", "--scenario", "zero-page")["scenarios"]
+    assert [row["name"] for row in listed] == ["zero-page"]
+    assert all(row["doc"] for row in run_json("verify", "--list")["scenarios"])
+    assert run("verify", "--restore").stdout == "nothing was left changed\n"
+    verified["restored"] = ["/proc/sys/vm/nr_hugepages"]
+    assert run_json("verify", "--restore") == {"restored": verified["restored"]}
+    assert run("verify", "--restore").stdout == "/proc/sys/vm/nr_hugepages\n"
+
+
+def test_verify_wrong_command_lines():
+    assert "no scenario is called 'anno-*'" in wrong("verify", "--scenario", "anno-*")
+    assert "exclude" in wrong("verify", "--json", "--ktap")

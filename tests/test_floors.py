@@ -20,7 +20,7 @@ FLOORS = [
     {"zap", "protect"},
     {"explain", "fork", "fault"},
     {"capture", "snapshot", "workload"},
-    {"live", "peers"},
+    {"live", "peers", "subject"},
     {"bench", "verify"},
     {"gate"},
     {"report"},

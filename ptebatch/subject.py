@@ -8,6 +8,7 @@ mmap keeps neither address nor alignment.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -219,7 +220,12 @@ def do_split(runs: Runs) -> None:
 
 
 def _serve(calls: int, answers: int) -> None:
-    """Do as told until there is nobody left to tell."""
+    """Do as told until there is nobody left to tell, or to answer."""
+    with contextlib.suppress(BrokenPipeError):
+        _answer_all(calls, answers)
+
+
+def _answer_all(calls: int, answers: int) -> None:
     os.write(answers, b"{}\n")
     with open(calls, encoding="utf-8", closefd=False) as lines:
         for line in lines:

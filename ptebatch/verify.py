@@ -923,7 +923,8 @@ class _Run:
     def _expect_folios(self) -> None:
         order = (self.scenario.folio // PAGE).bit_length() - 1
         areas = [_pages(self.model.mm, start, end) for start, end in self.world.areas]
-        if order and not any((pages.order == order).any() for pages in areas):
+        chance = self.scenario.build is _random
+        if order and not chance and not any((pages.order == order).any() for pages in areas):
             raise Skip(f"memory is too fragmented for folios of {self.scenario.folio >> 10} KiB")
 
     def _storable(self, mm: Mm, pages: _Pages, start: int) -> Bool:
@@ -1164,3 +1165,71 @@ def _fork_of_fork_small(world: World) -> None:
 def _fork_of_fork(world: World) -> None:
     """The child forks: three owners of a large folio."""
     world.anon(64)
+
+
+# --- random mixtures --------------------------------------------------------------------------------------------------
+def _some_runs(world: World, nr: int, most: int = 5) -> list[tuple[int, int]]:
+    """A few runs of pages, (first, number), in order and apart."""
+    edges = sorted(world.random.sample(range(nr + 1), 2 * world.random.randint(1, min(most, nr // 2))))
+    return [(edges[i], edges[i + 1] - edges[i]) for i in range(0, len(edges), 2)]
+
+
+def _random_anon(world: World) -> None:
+    nr = world.random.randint(16, max(160, 3 * world.folio_bytes // PAGE))
+    at = world.anon(nr, small=world.random.random() < 0.3, shift=world.random.randrange(512))
+    if world.random.random() < 0.4:
+        at = world.mremap(at, nr, shift=world.random.randrange(512))
+    kind = world.random.randrange(7)
+    for first, n in _some_runs(world, nr):
+        start = at + first * PAGE
+        if kind == 0:
+            world.munmap(start, n)
+        elif kind == 1:
+            world.madvise(start, n, MADV_DONTNEED)
+        elif kind == 2:
+            world.mprotect(start, n, world.random.choice([PROT_NONE, PROT_READ]))
+        elif kind == 3:
+            world.madvise(start, n, world.random.choice([MADV_DONTFORK, MADV_WIPEONFORK]))
+        elif kind == 4:
+            world.pin(start)
+
+
+def _random_private_file(world: World) -> None:
+    nr = world.random.randint(8, 96)
+    at = world.map(nr, path=world.file(nr, tmpfs=world.random.random() < 0.5), shift=world.random.randrange(512))
+    world.read(at, nr)
+    for first, n in _some_runs(world, nr) if world.random.random() < 0.7 else ():
+        world.write(at + first * PAGE, n)
+
+
+def _random_shared(world: World) -> None:
+    nr = world.random.randint(8, 96)
+    path = world.random.choice([None, "memfd"])
+    at = world.map(nr, flags=MAP_SHARED, path=path, shift=world.random.randrange(512))
+    for first, n in _some_runs(world, nr):
+        world.write(at + first * PAGE, n)
+
+
+def _random_zero_page(world: World) -> None:
+    nr = world.random.randint(8, 96)
+    at = world.map(nr, shift=world.random.randrange(512))
+    world.read(at, nr)
+    for first, n in _some_runs(world, nr):
+        world.write(at + first * PAGE, n)
+
+
+_RANDOM = (_random_anon, _random_anon, _random_private_file, _random_shared, _random_zero_page)
+
+
+def _random(world: World) -> None:
+    """A random mixture of anonymous, file, shared and unwritten memory, whole and in parts."""
+    if world.random.random() < 0.4:
+        areas = [(world.anon(nr), nr) for nr in (world.random.randint(20, 80) for _ in range(2))]
+        written = [(at + first * PAGE, n) for at, nr in areas for first, n in _some_runs(world, nr)]
+        world.fork_and_exit(written)
+    for _ in range(world.random.randint(3, 6)):
+        world.random.choice(_RANDOM)(world)
+
+
+for _number, _kib in enumerate((4, 16, 32, 64, 64, 128, 256, 512, 1024, 64) * 2, 1):
+    _scenario(f"random-{_number:02}", folio=_kib << 10, depth=1 + (_number % 5 == 0))(_random)

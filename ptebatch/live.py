@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from ptebatch.capture import exit_on_signals
 from ptebatch.errors import ArgumentError, PermissionDeniedError, ProcessGoneError, PtebatchError, StateError
@@ -300,7 +300,7 @@ class _State:
 
 
 # --- subjects ---------------------------------------------------------------------------------------------------------
-class Process(contextlib.AbstractContextManager["Process"]):
+class Process:
     """A process that does as it is told, one call at a time (:mod:`ptebatch.subject`)."""
 
     pid: int
@@ -312,6 +312,9 @@ class Process(contextlib.AbstractContextManager["Process"]):
     def __init__(self, calls: int, answers: int) -> None:
         self._calls = os.fdopen(calls, "w", encoding="utf-8")
         self._answers = os.fdopen(answers, encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
 
     def call(self, name: str, **arguments: Any) -> Any:
         """Have it do something, and wait for that."""

@@ -844,8 +844,7 @@ def _once(scenario: Scenario, seed: int, impl: str, semantics: KernelSemantics, 
     with contextlib.ExitStack() as stack:
         stack.enter_context(cap.exit_on_signals())
         settings = stack.enter_context(live.Settings(_wanted(scenario)))
-        subject = live.Subject(forks=4)
-        stack.enter_context(subject)
+        subject = stack.enter_context(live.Subject(forks=4))
         # One CPU: the LRU batch of another would hold references to new pages.
         os.sched_setaffinity(subject.pid, {min(os.sched_getaffinity(0))})
         world = World(subject, settings, scenario, seed)

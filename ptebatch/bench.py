@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import mmap
 import os
 import platform
 import re
@@ -35,13 +36,16 @@ from ptebatch import _measure, live
 from ptebatch.arch import PteLayout, is_cow_mapping
 from ptebatch.capture import Capture, capture
 from ptebatch.errors import ArgumentError, PermissionDeniedError, StateError
+from ptebatch.folio import tally
 from ptebatch.fork import ForkPlan, ForkStats
 from ptebatch.mm import Mm, pte_pfns
 from ptebatch.peers import NAIVE, Peer, available, flatten
+from ptebatch.protect import wrprotect_range
 from ptebatch.semantics import LATEST, KernelSemantics, running
-from ptebatch.workload import Workload, format_size
+from ptebatch.semantics import get as preset
+from ptebatch.workload import Workload, format_size, parse
 
-__all__ = ["FOLIOS", "SCHEMA", "Case", "ForkCheck", "environment", "measure", "rows", "run_bench"]
+__all__ = ["FOLIOS", "SCHEMA", "Case", "ForkCheck", "environment", "measure", "rows", "run_bench", "run_limit"]
 
 Bools = npt.NDArray[np.bool_]
 I64 = npt.NDArray[np.int64]
@@ -54,6 +58,8 @@ SCHEMA = 1
 PAGE = 4096
 FOLIOS = tuple(PAGE << order for order in (0, 2, 3, 4, 5, 6, 7, 8, 9))
 """Folio sizes measured unless others are asked for: those of the published table."""
+MIXED = (4096, 16384, 65536, 2 << 20)
+"""Folio sizes of the mixed workload, in equal shares of the pages."""
 ROUNDS = 25
 NAIVE_BYTES = 128 << 20
 """Memory the naive loop runs on at most: it is too slow for more, and its time per entry does not get better."""
@@ -167,6 +173,17 @@ def rows(cases: Iterable[Case], **common: Any) -> list[Row]:
     return found
 
 
+class _Ticker:
+    """Counts steps for a progress callback."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        self._progress(self._done, self._total)
+
+
 # --- what is measured -------------------------------------------------------------------------------------------------
 def _mapped(mm: Mm) -> tuple[Bools, I64]:
     """Which entries map a normal page, and the PFN of each of those."""
@@ -184,23 +201,24 @@ class ForkCheck:
     """Checks a fork's result by rules that know nothing of how it was made.
 
     Every entry of the child maps the page the parent's does and is not young, and in a private mapping neither of the
-    two is writable; every page has as many more mappings, and its folio as many more references, as entries of the
-    child map it; the child's rss and the statistics add up to its entries.
+    two is writable; or it maps a page that was copied early because of a pin, which is young and writable if the parent
+    is. Every page has as many more mappings, and its folio as many more references, as entries of the child map it; the
+    child's rss and the statistics add up to its entries.
 
     Parameters
     ----------
     plan : ForkPlan
-        Before it is run; of memory without pinned pages.
+        Before it is run.
     """
 
     def __init__(self, plan: ForkPlan) -> None:
         self._plan = plan
-        self._pfns = np.unique(_mapped(plan.mm)[1])
-        self._before = self._counts()
+        self._pfns, _ = tally(_mapped(plan.mm)[1])
+        self._before = self._counts(self._pfns)
 
-    def _counts(self) -> tuple[I64, I64]:
+    def _counts(self, pfns: I64) -> tuple[I64, I64]:
         folios = self._plan.mm.folios
-        return folios.mapcounts(self._pfns), folios.refcounts(self._pfns)
+        return folios.mapcounts(pfns), folios.refcounts(pfns)
 
     def __call__(self, stats: ForkStats) -> None:
         """Check what ``plan.run()`` did and returned.
@@ -220,19 +238,27 @@ class ForkCheck:
                 first, last = child.rows(vma.start, vma.end)
                 pages = (child.vpns[first:last, None] + np.arange(layout.ptrs_per_pte)) << layout.page_shift
                 cow[first:last] |= (pages >= vma.start) & (pages < vma.end)
-        maps = np.bincount(np.searchsorted(self._pfns, pfns), minlength=len(self._pfns))
-        orders = mm.folios.orders(self._pfns)
-        _, folio_of = np.unique(self._pfns >> orders << orders, return_inverse=True)
-        references = np.bincount(folio_of, weights=maps).astype(np.int64)[folio_of]
-        mapcounts, refcounts = self._counts()
+        copied = np.zeros(present.shape, dtype=bool)
+        copied[normal] = pte_pfns(layout, parent)[1][normal].astype(np.int64) != pfns
+        shared = present & ~copied
+        nr_copied = np.count_nonzero(copied)
+        pages, maps = tally(pfns)
+        orders = mm.folios.orders(pages)
+        starts = np.flatnonzero(np.diff(pages >> orders << orders, prepend=-1))  # first page of each folio
+        per_folio = np.add.reduceat(maps, starts) if len(starts) else maps
+        references = np.repeat(per_folio, np.diff(starts, append=len(pages)))
+        at = np.minimum(np.searchsorted(self._pfns, pages), len(self._pfns) - 1)
+        new = self._pfns[at] != pages
+        before = (np.where(new, 0, counts[at]) for counts in self._before)
+        mapcounts, refcounts = (after - old for after, old in zip(self._counts(pages), before, strict=True))
         writable = (child.entries | parent) & np.uint64(layout.write) != 0
         rules = {
             "nothing was copied": not present.any(),
-            "the child maps other pages": (pte_pfns(layout, parent)[1][normal].astype(np.int64) != pfns).any(),
-            "the child has young entries": (present & (child.entries & np.uint64(layout.young) != 0)).any(),
-            "private memory is writable": (cow & present & writable).any(),
-            "mapcounts differ from the child's entries": (mapcounts != self._before[0] + maps).any(),
-            "refcounts differ from the child's entries": (refcounts != self._before[1] + references).any(),
+            "pages differ from the parent's": not nr_copied == np.count_nonzero(new) == stats.copied_pages,
+            "the child has young entries": (shared & (child.entries & np.uint64(layout.young) != 0)).any(),
+            "private memory is writable": (cow & shared & writable).any(),
+            "mapcounts differ from the child's entries": (mapcounts != maps).any(),
+            "refcounts differ from the child's entries": (refcounts != references).any(),
             "rss differs from the child's entries": int(child.rss.sum()) != len(pfns),
             "statistics differ from the child's entries": stats.ptes_present != int(np.count_nonzero(present)),
         }
@@ -282,24 +308,19 @@ def limit_cases(entries: U64, layout: PteLayout) -> list[Case]:
 
 def pool_case(plan: ForkPlan, ptes: int) -> Case:
     """Allocation and first touch of the child's page tables, which is not part of the other cases' times."""
-    layout = plan.mm.layout
-    kept: list[Mm] = []  # what has been freed would be found again, touched already
+    none_value, shape = plan.mm.layout.none_value, plan.child.entries.shape
 
-    def reset() -> None:
-        if sum(mm.entries.nbytes for mm in kept) > 1 << 28:
-            kept.clear()
+    def run() -> U64:
+        # Not from the allocator: that may hand out memory which is not fresh.
+        tables = np.frombuffer(mmap.mmap(-1, plan.child.entries.nbytes), dtype=np.uint64).reshape(shape)
+        tables[:, 0] = none_value  # a table is a page
+        return tables
 
-    def run() -> Mm:
-        child = Mm(layout, plan.mm.folios, vpns=plan.child.vpns, mm_id=plan.child.mm_id)
-        child.entries[:, 0] = layout.none_value  # a table is a page
-        kept.append(child)
-        return child
-
-    def check(child: Mm) -> None:
-        if child.entries.shape != plan.child.entries.shape or (child.entries != layout.none_value).any():
+    def check(tables: U64) -> None:
+        if (tables != none_value).any():
             raise StateError("the child's page tables are not empty; please report this")
 
-    return Case({"source": "pool", "path": "pool"}, ptes, reset, run, check)
+    return Case({"source": "pool", "path": "pool"}, ptes, lambda: None, run, check)
 
 
 def peer_cases(some: Iterable[Peer], mm: Mm, semantics: KernelSemantics, area: Area | None = None) -> list[Case]:
@@ -453,6 +474,169 @@ def _commit() -> str:
         return "unknown"
 
 
+# --- against the limit ------------------------------------------------------------------------------------------------
+LIMIT_SIZES = (128 << 20, 1 << 30, 64 << 30)
+LIMIT_ROUNDS = {128 << 20: 75, 1 << 30: 25, 64 << 30: 7}
+TARGETS: dict[tuple[int, int | str], tuple[float, float | None]] = {
+    (128 << 20, 0): (14, 9.5), (128 << 20, 2): (8, 6), (128 << 20, 4): (4.2, 3.2), (128 << 20, 9): (3, 2.3),
+    (1 << 30, 0): (11, 8), (1 << 30, 2): (6, 4.5), (1 << 30, 4): (3, 2.2), (1 << 30, 9): (2.4, 1.8),
+    (64 << 30, 0): (10, 8), (64 << 30, 2): (3.6, 2.6), (64 << 30, 4): (2.6, 1.9), (64 << 30, 9): (2.7, 1.9),
+    (64 << 30, "mixed"): (5, None),
+}  # fmt: skip
+"""What the batched path must reach, and aims at, as multiples of the streaming limit: by size and order.
+
+The single path of order 0 has the same targets: nothing can be batched there.
+"""
+PEER_TARGETS: dict[str, dict[int, float]] = {
+    "naive": {0: 100, 2: 200, 4: 400, 9: 400},
+    "numpy": {0: 6, 2: 10, 4: 20, 9: 18},
+    "numba": {0: 2.8, 2: 4.5, 4: 8, 9: 5},
+}
+"""How many times a peer's time per entry must be that of the batched core at 1 GiB, by order."""
+PLAIN_ORDER = 4
+OTHER_MEMORY = (
+    "uffd_wp=0.5", "soft_dirty=0.5", "vma=file", "vma=shmem-guard", "shared=0.5", "readonly=0.5", "clean=0.5",
+    "pinned=0.01", "align=shifted",
+)  # fmt: skip
+"""Memory that is not plain, as keys of a workload: it may take `OTHER_MUST` times as long as plain memory."""
+OTHER_KERNELS = ("v6.9", "v6.12", "v6.18")
+OTHER_MUST = 2.0
+WRPROTECT_MUST = 2.0
+
+
+def run_limit(
+    *,
+    size: int | None = None,
+    folios: Sequence[int] | None = None,
+    rounds: int | None = None,
+    peers: bool = False,
+    semantics: KernelSemantics = LATEST,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure the core as a multiple of the streaming limit, beside what it is to reach.
+
+    Parameters
+    ----------
+    size : int, optional
+        Bytes of memory; all of `LIMIT_SIZES` when left out. With 1 GiB come memory that is not plain, other kernels
+        and write-protection.
+    folios : sequence of int, optional
+        Folio sizes in bytes. When left out: orders 0 to 9 and mixed, at 64 GiB those with a target.
+    rounds : int, optional
+    peers : bool
+        Also measure all peers, at 1 GiB or less.
+    semantics, progress
+        See `run_bench`.
+
+    Returns
+    -------
+    dict
+        As `run_bench`, with more keys in its rows: ``order`` is 0 to 9 or "mixed"; ``must`` and ``aim`` are multiples
+        of the limit, None where there is no target. Peers have ``x_core``, how many times as long as the batched core
+        they take, and ``must_x_core``, what that must be at least. What is not plain memory is named by ``memory``;
+        it has ``x_plain`` and ``must_x_plain``. Rows of write-protection have an ``operation``.
+    """
+    todo = []
+    for bytes_ in LIMIT_SIZES if size is None else (size,):
+        chosen: list[tuple[int, ...]] = [(folio,) for folio in folios or ()]
+        if folios is None:
+            chosen = [*((PAGE << order,) for order in range(10)), MIXED]
+            if bytes_ > 1 << 30:
+                chosen = [folio for folio in chosen if (64 << 30, _order_of(folio)) in TARGETS]
+        todo += [(bytes_, folio, rounds or LIMIT_ROUNDS.get(bytes_, ROUNDS)) for folio in chosen]
+    plain = [repeats for bytes_, folio, repeats in todo if (bytes_, _order_of(folio)) == (1 << 30, PLAIN_ORDER)]
+    total = sum(repeats + 2 for _, _, repeats in todo) + sum(repeats + 2 for repeats in plain)
+    tick = _Ticker(progress, total)
+    found: list[Row] = []
+    for bytes_, folio, repeats in todo:
+        mm = Workload(size=bytes_, folio=folio).build()
+        cases = memory_cases(mm, semantics)
+        if peers and bytes_ <= 1 << 30:
+            cases += peer_cases(available(), mm, semantics)
+        tick()
+        measure(cases, repeats, tick)
+        named = {"size_bytes": bytes_, "folio_bytes": None if len(folio) > 1 else folio[0], "order": _order_of(folio)}
+        found += _with_targets(_rows(cases, mm, semantics, **named))
+        del mm, cases
+        if (bytes_, _order_of(folio)) == (1 << 30, PLAIN_ORDER):
+            found += _not_plain(bytes_, folio, repeats, semantics, tick)
+    return {"schema": SCHEMA, "mode": "limit", "env": environment(), "rows": found, "bound": [], "notes": []}
+
+
+def _order_of(folio: Sequence[int]) -> int | str:
+    return _order(folio[0]) if len(folio) == 1 else "mixed"
+
+
+def _with_targets(found: list[Row]) -> list[Row]:
+    core = next(row["ns_per_pte"] for row in found if (row["source"], row["path"]) == ("core", "batched"))
+    for row in found:
+        row["must"] = row["aim"] = None
+        if row["source"] == "core" and (row["path"] == "batched" or row["order"] == 0):
+            row["must"], row["aim"] = TARGETS.get((row["size_bytes"], row["order"]), (None, None))
+        elif row["source"] not in ("core", "limit", "pool"):
+            row["x_core"] = row["ns_per_pte"] / core
+            of_source: dict[int, float] = PEER_TARGETS.get(row["source"], {})
+            row["must_x_core"] = of_source.get(row["order"]) if row["size_bytes"] == 1 << 30 else None
+    return found
+
+
+def _not_plain(
+    size: int, folio: tuple[int, ...], rounds: int, semantics: KernelSemantics, tick: Callable[[], object]
+) -> list[Row]:
+    """Measure the batched core on memory that is not plain and for other kernels, and write-protection."""
+    text = f"size={size},folio={folio[0]}"
+    mm = parse(text).build()
+    plans = {"plain": ForkPlan(mm, semantics=semantics, keep=True)}
+    for keys in OTHER_MEMORY:
+        plans[keys] = ForkPlan(parse(f"{text},{keys}").build(), semantics=semantics, keep=True)
+    for kernel in OTHER_KERNELS:
+        plans[kernel] = ForkPlan(mm, semantics=preset(kernel), keep=True)
+    cases = [core_case(plan) for plan in plans.values()]
+    for name, plan, case in zip(plans, plans.values(), cases, strict=True):
+        case.row |= {"memory": name, "semantics": plan.semantics.label}
+    limits = limit_cases(mm.entries.reshape(-1), mm.layout)
+    for case in limits:
+        case.row |= {"memory": "plain", "semantics": semantics.label}
+    writing = _wrprotect_cases(mm, semantics)
+    tick()
+    measure([*cases, *limits, *writing], rounds, tick)
+    named = {"arch": mm.layout.name, "size_bytes": size, "folio_bytes": folio[0], "order": PLAIN_ORDER}
+    forks, writes = rows([*cases, *limits], **named), rows(writing, **named)
+    for row in forks:
+        row["x_plain"] = row["ns_per_pte"] / cases[0].ns_per_pte
+        row["must_x_plain"] = OTHER_MUST if row["memory"] != "plain" else None
+    writes[0]["must"] = WRPROTECT_MUST
+    return forks + writes
+
+
+def _wrprotect_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
+    """Return write-protection of all of `mm`, and the streaming loop that does as much."""
+    saved = mm.entries.copy()
+    src = saved.reshape(-1).copy()
+    keep = ~np.uint64(mm.layout.write)
+    start, end = mm.vmas[0].start, mm.vmas[-1].end
+
+    def reset() -> None:
+        mm.entries[...] = saved
+        src[...] = saved.reshape(-1)
+
+    def check(stats: Any) -> None:
+        present, _ = pte_pfns(mm.layout, mm.entries)
+        if stats.ptes_present != present.sum() or (present & (mm.entries & np.uint64(mm.layout.write) != 0)).any():
+            raise StateError("write-protection went wrong; please report this")
+
+    def run() -> Any:
+        return wrprotect_range(mm, start, end, semantics=semantics)
+
+    def stream() -> None:
+        np.bitwise_and(src, keep, out=src)
+
+    row = {"path": "batched", "operation": "wrprotect_range", "semantics": semantics.label}
+    ptes = int(pte_pfns(mm.layout, saved)[0].sum())
+    core = Case({"source": "core", **row}, ptes, reset, run, check)
+    return [core, Case({"source": "limit", **row}, ptes, reset, stream)]
+
+
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 def _published(folios: Iterable[int]) -> list[Row]:
     kernels = {"single": "v6.8-rc1", "batched": "v6.8-rc1 and batching v3"}
@@ -512,14 +696,7 @@ def run_bench(
         the spread ``min_``, ``q1_``, ``q3_`` and ``max_ns_per_pte``; ``memory`` names what was copied if it is not
         synthetic.
     """
-    total = (len(folios) + 1) * (rounds + 2)
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
+    tick = _Ticker(progress, (len(folios) + 1) * (rounds + 2))
     found: list[Row] = []
     for folio in folios:
         mm = Workload(size=size, folio=(folio,)).build()

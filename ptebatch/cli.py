@@ -378,6 +378,7 @@ def ptebatch(
         "ptebatch bench --size 256MiB --folio 4KiB+64KiB+2MiB --peers",
         "ptebatch bench --pid 1234",
         "ptebatch bench --rounds 20 --json > bench.json",
+        "ptebatch bench --limit --size 1GiB",
     )
 )
 def bench(
@@ -405,6 +406,14 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="Also measure NumPy, Numba (if installed) and plain C.")
     ] = False,
+    limit: Annotated[
+        bool,
+        typer.Option(
+            "--limit",
+            help="Compare with the streaming limit and with what is to be reached, for folio orders 0 to 9 and mixed. "
+            "[default size: 128MiB, 1GiB and 64GiB, which needs 12 GiB of memory]",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure single-PTE, batched and naive copying.
@@ -430,10 +439,13 @@ def bench(
         given["pid"] = pid
     if peers:
         given["peers"] = True
-    from ptebatch.bench import run_bench
+    if limit and pid is not None:
+        _usage("does not go with --limit", "--pid")
+    from ptebatch import bench as benchmarks
 
+    run = benchmarks.run_limit if limit else benchmarks.run_bench
     with _progress("measuring", still=True) as progress:
-        document = run_bench(progress=progress, **given)
+        document = run(progress=progress, **given)
     _notes(document["notes"])
     if as_json:
         _json(document)
@@ -442,9 +454,10 @@ def bench(
 
     env = {name: value for name, value in document["env"].items() if isinstance(value, str | int | float)}
     blocks: list[RenderableType | str] = [report.pairs_table((name, str(value)) for name, value in env.items())]
-    for heading, table in report.bench_tables(document["rows"]):
+    tables = report.limit_tables if limit else report.bench_tables
+    for heading, table in tables(document["rows"]):
         blocks.append(report.titled(heading, table))
-    _print(*blocks, report.bench_notes(document["rows"]))
+    _print(*blocks, *([] if limit else [report.bench_notes(document["rows"])]))
 
 
 @app.command(

@@ -442,9 +442,9 @@ class FolioTable:
         words = self._words[index]
         order = (words >> np.uint64(ORDER_SHIFT) & np.uint64((1 << ORDER_BITS) - 1)).astype(np.int64)
         heads = index - (array & ((np.int64(1) << order) - 1))
-        pages, nr_page = np.unique(index, return_counts=True)
-        folios, at, nr_folio = np.unique(heads, return_index=True, return_counts=True)
-        large = order[at] > 0
+        pages, nr_page = tally(index)
+        folios, nr_folio = tally(heads)
+        large = self._words[folios] >> np.uint64(ORDER_SHIFT) & np.uint64((1 << ORDER_BITS) - 1) != 0
         new_map = (self._words[pages] & _MAPCOUNT).astype(np.int64) + nr_page
         new_ref = self._counter(folios) + nr_folio
         big, nr_big = folios[large], nr_folio[large]
@@ -453,7 +453,7 @@ class FolioTable:
             raise StateError("a mapcount or refcount would leave its range")
         self._words[pages] += nr_page.astype(np.uint64)
         if anon_exclusive is not None:
-            marked = np.unique(index[np.broadcast_to(np.asarray(anon_exclusive, dtype=bool), array.shape)])
+            marked = index[np.broadcast_to(np.asarray(anon_exclusive, dtype=bool), array.shape)]
             self._words[marked] |= np.uint64(1 << AE_BIT)
         self._words[folios] += nr_folio.astype(np.uint64) << np.uint64(COUNTER_SHIFT)
         self._words[big + 1] += nr_big.astype(np.uint64) << np.uint64(COUNTER_SHIFT)
@@ -611,6 +611,18 @@ class FolioTable:
 
     def __repr__(self) -> str:
         return f"<FolioTable of {len(self)} pages, {self.nbytes} bytes>"
+
+
+def tally(values: I64) -> tuple[I64, I64]:
+    """Return the different values, ascending, and how often each occurs: int64 arrays, of any number of values."""
+    if not len(values):
+        return values, values
+    low = int(values.min())
+    if int(values.max()) - low > 16 * len(values):
+        return np.unique(values, return_counts=True)
+    counts = np.bincount(values - low)  # many in a narrow range: no need to sort them
+    found = np.flatnonzero(counts)
+    return found + low, counts[found]
 
 
 def _ranges(starts: I64, lengths: I64) -> I64:

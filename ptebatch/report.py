@@ -30,6 +30,7 @@ __all__ = [
     "format_share",
     "hist_table",
     "inferred_text",
+    "limit_tables",
     "ktap",
     "pairs_table",
     "quantities_table",
@@ -340,6 +341,61 @@ def bench_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
                     _add(table, _folio(size), path, *map(format_ns, times))
         tables.append(("peers", table))
     return tables
+
+
+def limit_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
+    """What `ptebatch.bench.run_limit` measured: headings and tables.
+
+    The core as a multiple of the streaming limit; peers as a multiple of the core; other memory as a multiple of plain
+    memory. Each beside what it must reach, with a mark where it does not.
+    """
+    groups: dict[tuple[int, Any], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "memory" not in row and "operation" not in row:
+            groups.setdefault((row["size_bytes"], row["order"]), []).append(row)
+    main = _table("size", "order", "single", "batched", "limit", "x single", "x batched", "must", "aim", "")
+    peers = _table("size", "order", "peer", "path", "ns", "x core", "must", "", left=("peer", "path"))
+    for (size, order), group in groups.items():
+        single, batched = (_one(group, "core", path) for path in ("single", "batched"))
+        limit = _one(group, "limit", "limit")
+        _add(
+            main, format_size(size), str(order), *(format_ns(row["ns_per_pte"]) for row in (single, batched, limit)),
+            *(f"{row['x_limit']:.2f}" for row in (single, batched)), _target(batched["must"]), _target(batched["aim"]),
+            "over" if any(row["must"] and row["x_limit"] > row["must"] for row in (single, batched)) else "",
+        )  # fmt: skip
+        for row in group:
+            if "x_core" in row:
+                must = row["must_x_core"]
+                _add(
+                    peers, format_size(size), str(order), row["source"], row["path"], format_ns(row["ns_per_pte"]),
+                    f"{row['x_core']:.2f}", _target(must), "below" if must and row["x_core"] < must else "",
+                )  # fmt: skip
+    tables = [("the core as a multiple of the streaming limit", main)]
+    if peers.row_count:
+        tables.append(("peers as a multiple of the batched core", peers))
+    others = _table("batched copy of", "kernel", "ns", "x plain", "must", "", left=("batched copy of",))
+    writes = _table("operation", "ns", "x limit", "must", "", left=("operation",))
+    for row in rows:
+        if "memory" in row and row["source"] == "core":
+            must = row["must_x_plain"]
+            _add(
+                others, row["memory"], row["semantics"], format_ns(row["ns_per_pte"]), f"{row['x_plain']:.2f}",
+                _target(must), "over" if must and row["x_plain"] > must else "",
+            )  # fmt: skip
+        elif "operation" in row and row["source"] == "core":
+            cells = (row["operation"], format_ns(row["ns_per_pte"]), f"{row['x_limit']:.2f}", _target(row["must"]))
+            _add(writes, *cells, "over" if row["x_limit"] > row["must"] else "")
+    if others.row_count:
+        tables += [("memory that is not plain, and other kernels", others), ("beside its own streaming loop", writes)]
+    return tables
+
+
+def _one(rows: Iterable[Mapping[str, Any]], source: str, path: str) -> Mapping[str, Any]:
+    return next(row for row in rows if (row["source"], row["path"]) == (source, path))
+
+
+def _target(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
 
 
 def bench_notes(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -75,7 +75,8 @@ def test_a_real_process_is_measured(document):
 def test_a_process_is_started_where_that_is_possible():
     seen = bench.run_bench(size=4 << 20, folios=(), rounds=1)
     (row,) = [row for row in seen["rows"] if (row["source"], row["path"]) == ("core", "single")]
-    if os.geteuid() == 0 and bench.REAL_FOLIO in live.folio_sizes():
+    busy = any("another process keeps" in note for note in seen["notes"])  # the lock of the settings
+    if os.geteuid() == 0 and bench.REAL_FOLIO in live.folio_sizes() and not busy:
         assert row["memory"] == "a process with 4MiB in 64KiB folios"
     else:
         assert row["memory"] == "this interpreter"
@@ -105,6 +106,49 @@ def test_environment_says_where_figures_come_from():
     assert all(isinstance(value, str) and value for value in env.values())
     assert "-O" in env["flags"]
     assert env["compiler"] != "unknown"
+
+
+# --- run_limit --------------------------------------------------------------------------------------------------------
+def test_limit_rows_have_their_targets(monkeypatch):
+    """On little memory that takes the place of 1 GiB."""
+    monkeypatch.setattr(bench, "TARGETS", {(4 << 20, 0): (11, 8), (4 << 20, 4): (3, 2.2)})
+    seen: list[tuple[int, int]] = []
+    done = bench.run_limit(
+        size=4 << 20, folios=(4096, 65536), rounds=1, peers=True, progress=lambda *step: seen.append(step)
+    )
+    assert (list(done), done["mode"]) == (["schema", "mode", "env", "rows", "bound", "notes"], "limit")
+    targets = {(row["source"], row["order"], row["path"]): (row["must"], row["aim"]) for row in done["rows"]}
+    assert targets["core", 0, "single"] == targets["core", 0, "batched"] == (11, 8)
+    assert targets["core", 4, "single"] == (None, None)  # what is not batched is not to reach what batching does
+    assert targets["core", 4, "batched"] == (3, 2.2)
+    by = {(row["source"], row["order"], row["path"]): row for row in done["rows"]}
+    naive, core = by["naive", 4, "single"], by["core", 4, "batched"]
+    assert naive["x_core"] == pytest.approx(naive["ns_per_pte"] / core["ns_per_pte"])
+    assert naive["must_x_core"] is None  # has one at 1 GiB only
+    assert [step for step, _ in seen] == list(range(1, len(seen) + 1))
+    assert {total for _, total in seen} == {len(seen)}
+    assert json.loads(json.dumps(done)) == done
+
+
+def test_limit_measures_mixed_folios_and_every_order_by_default():
+    rows = bench.run_limit(size=16 << 20, rounds=1)["rows"]
+    assert {row["order"] for row in rows} == {*range(10), "mixed"}
+    assert {row["folio_bytes"] for row in rows if row["order"] == "mixed"} == {None}
+    assert {row["must"] for row in rows} == {None}
+
+
+def test_memory_that_is_not_plain_is_measured_beside_plain_memory():
+    ticks: list[None] = []
+    rows = bench._not_plain(8 << 20, (65536,), 1, bench.LATEST, lambda: ticks.append(None))
+    assert len(ticks) == 3
+    core = [row for row in rows if row["source"] == "core" and "operation" not in row]
+    assert [row["memory"] for row in core] == ["plain", *bench.OTHER_MEMORY, *bench.OTHER_KERNELS]
+    assert all(row["x_plain"] == pytest.approx(row["ns_per_pte"] / core[0]["ns_per_pte"]) for row in core)
+    assert [row["must_x_plain"] for row in core] == [None, *[bench.OTHER_MUST] * (len(core) - 1)]
+    assert [row["semantics"] for row in core[-3:]] == list(bench.OTHER_KERNELS)
+    write, stream = (row for row in rows if row.get("operation") == "wrprotect_range")
+    assert (write["source"], stream["source"], write["ptes"]) == ("core", "limit", 2048)
+    assert write["x_limit"] == pytest.approx(write["ns_per_pte"] / stream["ns_per_pte"])
 
 
 # --- measure ----------------------------------------------------------------------------------------------------------
@@ -145,7 +189,7 @@ def spoil_child(plan: ForkPlan, bit: int) -> None:
 SPOILT = {
     "young entries": lambda plan: spoil_child(plan, plan.mm.layout.young),
     "is writable": lambda plan: spoil_child(plan, plan.mm.layout.write),
-    "other pages": lambda plan: plan.child.entries[0, :2].__setitem__(slice(None), plan.child.entries[0, 1::-1].copy()),
+    "pages differ": lambda plan: plan.child.entries[0].__setitem__(0, plan.child.entries[0, 1]),
     "mapcounts": lambda plan: setattr(plan.mm.folios.page(int(plan.mm.folios.heads()[0])), "mapcount", 1),
     "refcounts": lambda plan: setattr(plan.mm.folios.folio(int(plan.mm.folios.heads()[0])), "refcount", 1),
     "rss": lambda plan: plan.child.rss.__setitem__(1, 0),
@@ -162,6 +206,18 @@ def test_a_wrong_fork_is_noticed(rule):
     check(stats)
     SPOILT[rule](plan)
     with pytest.raises(StateError, match=rule):
+        check(stats)
+
+
+def test_pages_copied_early_are_in_order():
+    plan = ForkPlan(make(size="1MiB", folio="16KiB", pinned=0.2))
+    check = bench.ForkCheck(plan)
+    stats = plan.run()
+    assert stats.copied_pages
+    check(stats)
+    row, slot = np.argwhere((plan.child.entries ^ plan.mm.entries) >> np.uint64(12) << np.uint64(25) != 0)[0]
+    plan.mm.folios.page(int(plan.child.entries[row, slot]) >> 12 & (1 << 40) - 1).mapcount = 2
+    with pytest.raises(StateError, match="mapcounts"):
         check(stats)
 
 

@@ -94,6 +94,10 @@ def measured(monkeypatch) -> dict:
         return run_bench(progress=progress, **{**kwargs, "size": 4 << 20, "rounds": 1, "folios": (4096,)})
 
     monkeypatch.setattr(bench, "run_bench", on_less)
+    run_limit = bench.run_limit
+    monkeypatch.setattr(
+        bench, "run_limit", lambda **kwargs: run_limit(**{**kwargs, "size": 4 << 20, "rounds": 1, "folios": (4096,)})
+    )
     return asked
 
 
@@ -346,10 +350,17 @@ def test_bench_options(measured):
     assert measured == {"size": 64 << 20, "folios": (4096, 2 << 20), "rounds": 3, "peers": True, "pid": "self"}
 
 
+def test_bench_against_the_limit(measured):
+    assert re.search(r"^ *4MiB +0( +[\d.]+){5} +- +-$", run("bench", "--limit").stdout, re.MULTILINE)
+    assert run_json("bench", "--limit")["mode"] == "limit"
+    assert measured == {}
+
+
 def test_bench_refuses_what_it_cannot_read(measured):
     assert "'--size'" in wrong("bench", "--size", "1GB", "--folio", "4KiB")
     assert "'--folio'" in wrong("bench", "--size", "1GiB", "--folio", "5KiB")
     assert "'--pid'" in wrong("bench", "--pid", "redis")
+    assert "'--pid'" in wrong("bench", "--limit", "--pid", "self")
     assert "--rounds" in wrong("bench", "--rounds", 0)
 
 

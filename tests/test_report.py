@@ -168,6 +168,37 @@ def test_a_full_table_of_measurements_fits():
     assert "measured on 4MiB" in text
 
 
+def limit_row(source: str, path: str, ns: float, **more) -> dict:
+    return measurement(source, path, ns, order=4, must=None, aim=None, x_limit=ns / 0.5, **more)
+
+
+LIMIT = [
+    {**limit_row("core", "single", 4.0), "size_bytes": 1 << 30},
+    {**limit_row("core", "batched", 2.0), "must": 3, "aim": 2.2},
+    limit_row("limit", "limit", 0.5),
+    limit_row("numpy", "batched", 30.0, x_core=15.0, must_x_core=20),
+    limit_row("c", "single", 30.0, x_core=15.0, must_x_core=None),
+    limit_row("core", "batched", 1.0, memory="plain", x_plain=1.0, must_x_plain=None),
+    limit_row("core", "batched", 3.0, memory="vma=file", x_plain=3.0, must_x_plain=2.0),
+    {**limit_row("core", "batched", 0.75, operation="wrprotect_range"), "must": 2.0},
+    limit_row("limit", "batched", 0.5, operation="wrprotect_range"),
+]
+
+
+def test_targets_and_what_does_not_reach_them():
+    tables = [[line.split() for line in lines(table)[2:]] for _, table in report.limit_tables(LIMIT)]
+    assert tables == [
+        [["1GiB", "4", "4.00", "2.00", "0.500", "8.00", "4.00", "3", "2.2", "over"]],
+        [
+            ["1GiB", "4", "numpy", "batched", "30.0", "15.00", "20", "below"],
+            ["1GiB", "4", "c", "single", "30.0", "15.00", "-"],
+        ],
+        [["plain", "v6.19", "1.00", "1.00", "-"], ["vma=file", "v6.19", "3.00", "3.00", "2", "over"]],
+        [["wrprotect_range", "0.750", "1.50", "2"]],
+    ]
+    assert len(report.limit_tables(LIMIT[:3])) == 1
+
+
 def test_without_published_figures_there_is_no_star():
     rows = [row for row in BENCH if row["source"] != "published"]
     assert "*" not in report.render(dict(report.bench_tables(rows))["synthetic"]) + report.bench_notes(rows)

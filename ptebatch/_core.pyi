@@ -10,6 +10,8 @@ RULE_FIELDS: tuple[str, ...]
 STAT_FIELDS: tuple[str, ...]
 HELPERS: tuple[str, ...]
 MEMMAP_CONSTANTS: dict[str, int]
+SWAP_CONSTANTS: dict[str, int]
+SWP_KINDS: tuple[str, ...]
 RESULTS: dict[str, int]
 
 def py_folio_pte_batch(
@@ -41,6 +43,22 @@ def py_copy_present_ptes(
     stats: I64,
     prealloc: int | None,
 ) -> tuple[int, bool, int, bool]: ...
+def py_copy_nonpresent_pte(
+    dst: U64,
+    src: U64,
+    idx: int,
+    layout: U64,
+    rules: U64,
+    words: U64,
+    aux: U64,
+    top: I32,
+    sub: I32,
+    slots: U64,
+    counts: I64,
+    rss: I64,
+    stats: I64,
+    allocations: int,
+) -> tuple[int, int, int, bool]: ...
 def py_copy_page_range(
     dst: U64,
     src: U64,
@@ -56,6 +74,8 @@ def py_copy_page_range(
     aux: U64,
     top: I32,
     sub: I32,
+    slots: U64,
+    counts: I64,
     pool: U64,
     rss: I64,
     stats: I64,
@@ -74,6 +94,8 @@ def py_check_range(
     top: I32,
     sub: I32,
     as_kernel: bool,
+    kinds: int,
+    kinds_high: int,
 ) -> tuple[int, int, int]: ...
 def py_wrprotect_range(
     table: U64,

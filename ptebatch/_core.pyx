@@ -18,7 +18,7 @@ Design note
 
 Order of this file: constants and structs, scalar helpers, loops, entries.
 """
-from libc.errno cimport EAGAIN
+from libc.errno cimport EAGAIN, EBUSY, EIO, ENOENT, ENOMEM
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.string cimport memcpy
 
@@ -61,9 +61,26 @@ cdef enum:
     VALID_BIT_ = 63
     AUX_COUNT_BITS_ = 26
     AUX_ID_BITS_ = 20
+    AUX_DIRTY_BIT_ = 46
+    AUX_LOCKED_BIT_ = 47
     AUX_SHARED_BIT_ = 63
     SECTION_SHIFT_ = 6
     TOP_SHIFT_ = 18
+
+# Swap-type entries; ptebatch.arch.SWP_KINDS has the names and ptebatch.swap the numbers of the swap map.
+cdef enum:
+    SWP_SWAP, SWP_HWPOISON, SWP_MIGRATION_READ, SWP_MIGRATION_READ_EXCLUSIVE, SWP_MIGRATION_WRITE, SWP_DEVICE_WRITE,
+    SWP_DEVICE_READ, SWP_DEVICE_EXCLUSIVE, SWP_DEVICE_EXCLUSIVE_WRITE, SWP_DEVICE_EXCLUSIVE_READ, SWP_MARKER
+    SWP_TYPES = 32
+    SWP_PTE_MARKER = 31
+    PTE_MARKER_UFFD_WP = 1
+    KEY_TYPE_SHIFT_ = 56
+    SWAP_MAP_MAX_ = 62
+    MAX_SWAP_COUNT_ = 0x7fffffff
+
+SWP_KINDS = ("swap", "hwpoison", "migration read", "migration read-exclusive", "migration write", "device write",
+             "device read", "device exclusive", "device exclusive write", "device exclusive read", "marker")
+SWAP_CONSTANTS = {"KEY_TYPE_SHIFT": KEY_TYPE_SHIFT_, "SWAP_MAP_MAX": SWAP_MAP_MAX_, "MAX_SWAP_COUNT": MAX_SWAP_COUNT_}
 
 # How many entries ahead of the walk the memmap is prefetched, and pages whose words share a cache line (log2).
 cdef enum:
@@ -78,9 +95,12 @@ cdef enum:
 cdef enum:
     E_NO_PAGE = -1001       # a PFN that has no page in the memmap
     E_OVERFLOW = -1002      # a page or folio count reached its limit
-    E_UNSUPPORTED = -1003   # a swap-type entry
+    E_UNSUPPORTED = -1003   # a swap type that no kernel uses
     E_PREALLOC = -1004      # the pool of preallocated pages is empty
     E_GEOMETRY = -1005      # a folio that does not lie in the memmap as its order says
+    E_SWAP_SLOT = -1006     # a swap slot that the swap map does not have yet
+    E_SWAP_FULL = -1007     # a swap slot whose count reached its limit
+    E_NOT_DEVICE = -1008    # a device-private entry of ordinary memory
 
 ctypedef struct pte_layout:
     uint64_t kind
@@ -98,9 +118,21 @@ ctypedef struct pte_layout:
     uint64_t uffd_wp
     uint64_t special
     uint64_t shstk
+    uint64_t page_shift
+    uint64_t swp_type_shift
+    uint64_t swp_type_bits
+    uint64_t swp_offset_shift
+    uint64_t swp_offset_bits
+    uint64_t swp_offset_inverted
+    uint64_t swp_pfn_bits
+    uint64_t swp_exclusive
+    uint64_t swp_soft_dirty
+    uint64_t swp_uffd_wp
 
 LAYOUT_FIELDS = ("kind", "pfn_shift", "pfn_mask", "none_value", "none_ignore", "present_mask", "valid", "write",
-                 "young", "dirty", "saved_dirty", "soft_dirty", "uffd_wp", "special", "shstk")
+                 "young", "dirty", "saved_dirty", "soft_dirty", "uffd_wp", "special", "shstk", "page_shift",
+                 "swp_type_shift", "swp_type_bits", "swp_offset_shift", "swp_offset_bits", "swp_offset_inverted",
+                 "swp_pfn_bits", "swp_exclusive", "swp_soft_dirty", "swp_uffd_wp")
 
 ctypedef struct copy_rules:
     uint64_t batching            # copy_present_ptes may batch
@@ -122,32 +154,50 @@ ctypedef struct copy_rules:
     uint64_t dst_mm_id
     uint64_t as_kernel           # a PFN without a page is vm_normal_page() == NULL, not an error
     uint64_t near_limit          # some mapcount in the memmap is within reach of its limit
+    uint64_t dst_cow             # is_cow_mapping(dst_vma)
+    uint64_t swp_kinds           # kind of swap types 0..15, four bits each
+    uint64_t swp_kinds_high      # of types 16..31
+    uint64_t swp_migration_read  # the type of a readable migration entry
+    uint64_t swp_device_read     # and of a readable device-private one
+    uint64_t markers             # PTE markers that every child gets
+    uint64_t src_prot            # src_vma->vm_page_prot
+    uint64_t src_write           # VM_WRITE in src_vma
+    uint64_t src_can_write       # private, VM_WRITE and not PROT_NONE: an exclusive page may be made writable
+    uint64_t src_uffd_wp
+    uint64_t src_mm_id
+    uint64_t single_device_exclusive
 
 RULE_FIELDS = ("batching", "cow", "shared", "src_shadow_stack", "respect_dirty", "respect_soft_dirty", "fpb_clamp",
                "dst_uffd_wp", "dst_write", "dst_shadow_stack", "dst_prot", "has_pinned", "large_mapcount", "mm_id",
-               "page_mapcount", "copy_mc", "dst_mm_id", "as_kernel", "near_limit")
+               "page_mapcount", "copy_mc", "dst_mm_id", "as_kernel", "near_limit", "dst_cow", "swp_kinds",
+               "swp_kinds_high", "swp_migration_read", "swp_device_read", "markers", "src_prot", "src_write",
+               "src_can_write", "src_uffd_wp", "src_mm_id", "single_device_exclusive")
 
 # Where each counter lives in the stats array; the batch histogram follows, indexed by nr.
 cdef enum:
     S_VMAS_COPIED, S_VMAS_SKIPPED, S_TABLES_ALLOCATED, S_PTES_NONE, S_PTES_PRESENT, S_PTES_SINGLE, S_PTES_BATCHED,
     S_BATCHES, S_FOLIO_REF_ADD, S_RMAP_DUP, S_PTEP_GET, S_WRPROTECT_PTES, S_PTES_WRPROTECTED, S_SET_PTES,
-    S_EAGAIN_ROUNDS, S_COPIED_PAGES, S_ANON_EXCLUSIVE_CLEARED, S_SPECIAL_PTES, N_STATS
+    S_EAGAIN_ROUNDS, S_COPIED_PAGES, S_ANON_EXCLUSIVE_CLEARED, S_SPECIAL_PTES, S_SWAP, S_MIGRATION,
+    S_DEVICE_PRIVATE, S_DEVICE_EXCLUSIVE, S_HWPOISON, S_PTE_MARKERS, N_STATS
 
 STAT_FIELDS = ("vmas_copied", "vmas_skipped", "tables_allocated", "ptes_none", "ptes_present", "ptes_single",
                "ptes_batched", "batches", "folio_ref_add", "rmap_dup", "ptep_get", "wrprotect_ptes",
                "ptes_wrprotected", "set_ptes", "eagain_rounds", "copied_pages", "anon_exclusive_cleared",
-               "special_ptes")
+               "special_ptes", "swap_entries", "migration_entries", "device_private_entries",
+               "device_exclusive_entries", "hwpoison_entries", "pte_markers")
 
 MEMMAP_CONSTANTS = {
     "MAPCOUNT_BITS": MAPCOUNT_BITS_, "COUNTER_SHIFT": COUNTER_SHIFT_, "COUNTER_BITS": COUNTER_BITS_,
     "ORDER_SHIFT": ORDER_SHIFT_, "ORDER_BITS": ORDER_BITS_, "DEVICE_BIT": DEVICE_BIT_, "AE_BIT": AE_BIT_,
     "ANON_BIT": ANON_BIT_, "SWAPBACKED_BIT": SWAPBACKED_BIT_, "KSM_BIT": KSM_BIT_, "HUGETLB_BIT": HUGETLB_BIT_,
     "PINNED_BIT": PINNED_BIT_, "HWPOISON_BIT": HWPOISON_BIT_, "VALID_BIT": VALID_BIT_,
-    "AUX_COUNT_BITS": AUX_COUNT_BITS_, "AUX_ID_BITS": AUX_ID_BITS_, "AUX_SHARED_BIT": AUX_SHARED_BIT_,
+    "AUX_COUNT_BITS": AUX_COUNT_BITS_, "AUX_ID_BITS": AUX_ID_BITS_, "AUX_DIRTY_BIT": AUX_DIRTY_BIT_,
+    "AUX_LOCKED_BIT": AUX_LOCKED_BIT_, "AUX_SHARED_BIT": AUX_SHARED_BIT_,
     "SECTION_SHIFT": SECTION_SHIFT_, "TOP_SHIFT": TOP_SHIFT_,
 }
 RESULTS = {"E_NO_PAGE": E_NO_PAGE, "E_OVERFLOW": E_OVERFLOW, "E_UNSUPPORTED": E_UNSUPPORTED,
-           "E_PREALLOC": E_PREALLOC, "E_GEOMETRY": E_GEOMETRY}
+           "E_PREALLOC": E_PREALLOC, "E_GEOMETRY": E_GEOMETRY, "E_SWAP_SLOT": E_SWAP_SLOT,
+           "E_SWAP_FULL": E_SWAP_FULL, "E_NOT_DEVICE": E_NOT_DEVICE}
 
 ctypedef struct memmap:
     uint64_t *words
@@ -157,6 +207,12 @@ ctypedef struct memmap:
     Py_ssize_t nr_top
     const int32_t *sub
     Py_ssize_t nr_sub
+
+ctypedef struct swap_map:
+    const uint64_t *slots  # keys, ascending
+    int64_t *counts
+    Py_ssize_t nr
+    Py_ssize_t next        # where the slot after the last one looked up would be
 
 ctypedef struct batch_scan:
     uint64_t clear       # bits the normaliser removes
@@ -173,6 +229,7 @@ ctypedef struct walk:
     uint64_t fail_pfn
     int64_t *stats
     int64_t *rss
+    int64_t allocations  # that may still be made before one fails
     bint large           # the last page met is of a large folio whose MM-ID slots are kept
     uint64_t mapcounts   # OR of the mapcounts met in large folios
 
@@ -261,6 +318,29 @@ cdef inline uint64_t pte_mkdirty(const pte_layout *L, uint64_t v) noexcept nogil
 
 cdef inline uint64_t pte_mkuffd_wp(const pte_layout *L, uint64_t v) noexcept nogil:
     return pte_wrprotect(L, v | L.uffd_wp)
+
+
+cdef inline uint64_t swp_type(const pte_layout *L, uint64_t v) noexcept nogil:
+    return v >> L.swp_type_shift & ((ONE << L.swp_type_bits) - 1)
+
+
+cdef inline uint64_t swp_offset(const pte_layout *L, uint64_t v) noexcept nogil:
+    return ((v ^ (0 - L.swp_offset_inverted)) >> L.swp_offset_shift) & ((ONE << L.swp_offset_bits) - 1)
+
+
+cdef inline uint64_t swp_pfn(const pte_layout *L, uint64_t v) noexcept nogil:
+    v = swp_offset(L, v)
+    return v & ((ONE << L.swp_pfn_bits) - 1) if L.swp_pfn_bits else v
+
+
+cdef inline uint64_t swp_entry(const pte_layout *L, uint64_t type, uint64_t offset) noexcept nogil:
+    offset ^= ((ONE << L.swp_offset_bits) - 1) & (0 - L.swp_offset_inverted)
+    return type << L.swp_type_shift | offset << L.swp_offset_shift
+
+
+cdef inline int swp_kind(uint64_t kinds, uint64_t kinds_high, uint64_t type) noexcept nogil:
+    # type < SWP_TYPES; four bits of kind for each.
+    return (kinds_high if type >> 4 else kinds) >> ((type & 15) << 2) & 15
 
 
 cdef inline uint64_t normalised(const pte_layout *L, const batch_scan *B, uint64_t v) noexcept nogil:
@@ -585,10 +665,166 @@ cdef inline Py_ssize_t copy_present_ptes(uint64_t[:, ::1] dst, Py_ssize_t drow, 
     return nr
 
 
+cdef Py_ssize_t swap_slot(swap_map *S, uint64_t key) noexcept nogil:
+    """Index of a slot's count, or -1. Slots of neighbouring entries are mostly neighbours too."""
+    cdef Py_ssize_t low = 0, high = S.nr, middle
+    if S.next >= S.nr or S.slots[S.next] != key:
+        while low < high:
+            middle = low + ((high - low) >> 1)
+            if S.slots[middle] < key:
+                low = middle + 1
+            else:
+                high = middle
+        if low >= S.nr or S.slots[low] != key:
+            return -1
+        S.next = low
+    S.next += 1
+    return S.next - 1
+
+
+cdef bint swap_continued(const swap_map *S, Py_ssize_t at, uint64_t page_shift) noexcept nogil:
+    """Whether some slot of the same page of the swap map already counts beyond what one byte of it holds."""
+    cdef uint64_t page = S.slots[at] >> page_shift
+    cdef Py_ssize_t k = at
+    while k >= 0 and S.slots[k] >> page_shift == page:
+        if S.counts[k] > SWAP_MAP_MAX_:
+            return True
+        k -= 1
+    k = at + 1
+    while k < S.nr and S.slots[k] >> page_shift == page:
+        if S.counts[k] > SWAP_MAP_MAX_:
+            return True
+        k += 1
+    return False
+
+
+cdef Py_ssize_t swap_duplicate(swap_map *S, const pte_layout *L, uint64_t pte, walk *W) noexcept nogil:
+    """One more reference to a swap slot: 0, -EIO (no memory for a continuation page) or an E_ code."""
+    cdef Py_ssize_t at = swap_slot(S, swp_type(L, pte) << KEY_TYPE_SHIFT_ | swp_offset(L, pte))
+    if at < 0:
+        return E_SWAP_SLOT
+    if S.counts[at] >= MAX_SWAP_COUNT_:
+        return E_SWAP_FULL
+    if S.counts[at] == SWAP_MAP_MAX_ and not swap_continued(S, at, L.page_shift):
+        if W.allocations == 0:
+            return -EIO
+        W.allocations -= 1
+    S.counts[at] += 1
+    return 0
+
+
+cdef Py_ssize_t restore_exclusive_pte(uint64_t[:, ::1] src, Py_ssize_t srow, Py_ssize_t idx, uint64_t pte, int kind,
+                                      Py_ssize_t page, Py_ssize_t head, const pte_layout *L, const copy_rules *R,
+                                      const memmap *M) except -1 nogil:
+    """The parent gets back a page that a device had for itself: 0 or E_OVERFLOW."""
+    cdef uint64_t w = M.words[page], pte_new = mk_pte(L, swp_pfn(L, pte), R.src_prot) & ~L.young
+    cdef bint large = word_order(w) != 0
+    cdef bint mm_id = large and R.mm_id and not w >> HUGETLB_BIT_ & 1
+    if pte & L.swp_soft_dirty:
+        pte_new |= L.soft_dirty
+    if pte & L.swp_uffd_wp:
+        pte_new = pte_mkuffd_wp(L, pte_new)
+    if R.single_device_exclusive:
+        # can_change_pte_writable(): nobody waits for a write fault, and the page is this mm's alone.
+        if (R.src_can_write and w >> ANON_BIT_ & 1 and w >> AE_BIT_ & 1
+                and not (R.src_uffd_wp and pte_new & L.uffd_wp)
+                and not (R.respect_soft_dirty and not pte_new & L.soft_dirty)):
+            if M.aux[head] >> AUX_DIRTY_BIT_ & 1:
+                pte_new = pte_mkdirty(L, pte_new)
+            pte_new = pte_mkwrite(L, pte_new, R.src_shadow_stack != 0)
+    else:
+        if kind == SWP_DEVICE_EXCLUSIVE_WRITE and not pte & L.swp_uffd_wp:
+            pte_new = pte_mkdirty(L, pte_new)
+            if R.src_write:
+                pte_new = pte_mkwrite(L, pte_new, R.src_shadow_stack != 0)
+        # Through v6.14 the mapping was not counted meanwhile.
+        if folio_is_full(M, page, head, 1, large, mm_id, R):
+            return E_OVERFLOW
+        if not large or R.page_mapcount:
+            M.words[page] += 1
+        if large and R.large_mapcount:
+            M.words[head + 1] += ONE << COUNTER_SHIFT_
+            if mm_id:
+                folio_add_mm_mapping(M, head, R.src_mm_id, 1, word_counter(M.words[head + 1]))
+    src[srow, idx] = pte_new
+    return 0
+
+
+cdef Py_ssize_t copy_nonpresent_pte(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[:, ::1] src, Py_ssize_t srow,
+                                    Py_ssize_t idx, uint64_t pte, const pte_layout *L, const copy_rules *R,
+                                    const memmap *M, swap_map *S, walk *W) except -1 nogil:
+    """Copy one entry that is neither present nor none: 0, -ENOENT (present now), -EBUSY, -EIO or an E_ code."""
+    cdef uint64_t type = swp_type(L, pte), child = pte, pfn, w
+    cdef Py_ssize_t page, head, ret
+    cdef int kind
+    if type >= SWP_TYPES:
+        return E_UNSUPPORTED
+    kind = swp_kind(R.swp_kinds, R.swp_kinds_high, type)
+    if kind == SWP_SWAP:
+        ret = swap_duplicate(S, L, pte, W)
+        if ret:
+            return ret
+        if pte & L.swp_exclusive:
+            child = pte & ~L.swp_exclusive
+            src[srow, idx] = child
+        W.rss[2] += 1
+        W.stats[S_SWAP] += 1
+    elif kind == SWP_MARKER:
+        child = swp_offset(L, pte) & R.markers
+        if child:
+            dst[drow, idx] = swp_entry(L, SWP_PTE_MARKER, child)
+        W.stats[S_PTE_MARKERS] += 1
+        W.stats[S_PTEP_GET] += 1
+        return 0
+    elif kind == SWP_HWPOISON:
+        W.stats[S_HWPOISON] += 1
+    else:
+        pfn = swp_pfn(L, pte)
+        W.fail_pfn = pfn
+        page = page_index(M, pfn)
+        w = M.words[page] if page >= 0 else 0
+        if not w >> VALID_BIT_:
+            return E_NO_PAGE
+        head = folio_head(M, page, pfn, w)
+        if head < 0:
+            return head
+        if kind <= SWP_MIGRATION_WRITE:
+            W.rss[rss_counter(w)] += 1
+            W.stats[S_MIGRATION] += 1
+            if kind != SWP_MIGRATION_READ and R.dst_cow:
+                child = swp_entry(L, R.swp_migration_read, swp_offset(L, pte))
+                child |= pte & (L.swp_soft_dirty | L.swp_uffd_wp)
+                src[srow, idx] = child
+        elif kind <= SWP_DEVICE_READ:
+            if not w >> DEVICE_BIT_ & 1:
+                return E_NOT_DEVICE
+            ret = folio_dup_ptes(M, page, head, 1, R, W)
+            if ret < 0:
+                return ret
+            W.stats[S_DEVICE_PRIVATE] += 1
+            if kind == SWP_DEVICE_WRITE and R.dst_cow:
+                child = swp_entry(L, R.swp_device_read, swp_offset(L, pte)) | (pte & L.swp_uffd_wp)
+                src[srow, idx] = child
+        else:
+            if M.aux[head] >> AUX_LOCKED_BIT_ & 1:
+                return -EBUSY
+            ret = restore_exclusive_pte(src, srow, idx, pte, kind, page, head, L, R, M)
+            if ret < 0:
+                return ret
+            W.stats[S_DEVICE_EXCLUSIVE] += 1
+            W.stats[S_PTEP_GET] += 1
+            return -ENOENT
+    W.stats[S_PTEP_GET] += 1
+    if not R.dst_uffd_wp:
+        child &= ~L.swp_uffd_wp
+    dst[drow, idx] = child
+    return 0
+
+
 cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[:, ::1] src, Py_ssize_t srow,
                                       Py_ssize_t *at, Py_ssize_t end, const pte_layout *L, const copy_rules *R,
-                                      const memmap *M, batch_scan *B, const uint64_t[::1] pool, Py_ssize_t *used,
-                                      walk *W) except -1 nogil:
+                                      const memmap *M, swap_map *S, batch_scan *B, const uint64_t[::1] pool,
+                                      Py_ssize_t *used, walk *W) except -1 nogil:
     """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it."""
     cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until
     cdef uint64_t pte
@@ -603,12 +839,25 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
             continue
         at[0] = idx
         if not pte_present(L, pte):
-            return E_UNSUPPORTED
+            ret = copy_nonpresent_pte(dst, drow, src, srow, idx, pte, L, R, M, S, W)
+            # One read by this loop, and after -ENOENT the entry is read again. An entry to come back to is not counted.
+            W.stats[S_PTEP_GET] += ret != E_SWAP_SLOT
+            if ret == 0:
+                idx += 1
+                continue
+            if ret != -ENOENT:
+                # -EIO: the kernel asks for memory once more, now ready to wait for it; here that fails too.
+                return -ENOMEM if ret == -EIO else ret
+            pte = src[srow, idx]
         if R.has_pinned and used[0] >= pool.shape[0]:
             return E_PREALLOC
         max_nr = end - idx if R.batching else 1
         ret = copy_present_ptes(dst, drow, src, srow, idx, pte, max_nr, L, R, M, B, W)
         if ret == -EAGAIN:
+            if W.allocations == 0:
+                W.stats[S_PTEP_GET] += 1
+                return -ENOMEM
+            W.allocations -= 1
             W.stats[S_EAGAIN_ROUNDS] += 1
             W.prealloc = pool[used[0]]
             ret = copy_present_ptes(dst, drow, src, srow, idx, src[srow, idx], max_nr, L, R, M, B, W)
@@ -635,7 +884,7 @@ cdef inline void derive_stats(int64_t *stats, Py_ssize_t nr_hist) noexcept nogil
     stats[S_PTES_PRESENT] = stats[S_PTES_SINGLE] + batched
     stats[S_BATCHES] = stats[S_PTES_SINGLE] + batches
     stats[S_SET_PTES] = stats[S_BATCHES]
-    stats[S_FOLIO_REF_ADD] = stats[S_BATCHES] - stats[S_SPECIAL_PTES] - stats[S_COPIED_PAGES]
+    stats[S_FOLIO_REF_ADD] = stats[S_BATCHES] - stats[S_SPECIAL_PTES] - stats[S_COPIED_PAGES] + stats[S_DEVICE_PRIVATE]
     stats[S_RMAP_DUP] = stats[S_FOLIO_REF_ADD]
 
 
@@ -648,22 +897,30 @@ cdef inline int64_t main_loop_reads(const int64_t *stats, Py_ssize_t nr_hist) no
 
 
 cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t *at, Py_ssize_t end,
-                                   const pte_layout *L, const memmap *M, bint as_kernel,
-                                   uint64_t *fail_pfn) except -1 nogil:
-    """Read-only: every present entry of one table has a page, and nothing else but none entries is there."""
+                                   const pte_layout *L, const memmap *M, bint as_kernel, uint64_t kinds,
+                                   uint64_t kinds_high, uint64_t *fail_pfn) except -1 nogil:
+    """Read-only: every entry of one table that maps a page has it, and no swap type is unknown."""
     cdef Py_ssize_t idx, page
-    cdef uint64_t pte, pfn
+    cdef uint64_t pte, pfn, type
     cdef int32_t entry
+    cdef int kind
     for idx in range(at[0], end):
         pte = table[row, idx]
         if pte_none(L, pte):
             continue
         if not pte_present(L, pte):
-            at[0] = idx
-            return E_UNSUPPORTED
-        if as_kernel or pte & L.special:
+            type = swp_type(L, pte)
+            if type >= SWP_TYPES:
+                at[0] = idx
+                return E_UNSUPPORTED
+            kind = swp_kind(kinds, kinds_high, type)
+            if kind < SWP_MIGRATION_READ or kind == SWP_MARKER:
+                continue
+            pfn = swp_pfn(L, pte)
+        elif as_kernel or pte & L.special:
             continue
-        pfn = pte_pfn(L, pte)
+        else:
+            pfn = pte_pfn(L, pte)
         entry = section_entry(M, pfn)
         if entry >= 0 and entry & 1:
             continue
@@ -753,6 +1010,17 @@ cdef memmap view_memmap(uint64_t[::1] words, uint64_t[::1] aux, const int32_t[::
     return M
 
 
+cdef swap_map view_swap(const uint64_t[::1] slots, int64_t[::1] counts) except *:
+    cdef swap_map S
+    if counts.shape[0] != slots.shape[0]:
+        raise ValueError("one count for each slot")
+    S.nr = slots.shape[0]
+    S.slots = &slots[0] if S.nr else NULL
+    S.counts = &counts[0] if S.nr else NULL
+    S.next = 0
+    return S
+
+
 cdef inline bint near_limit(const walk *W) noexcept:
     # The two top bits: one call would have to map one page 2^22 times to outrun this.
     return W.mapcounts >> (MAPCOUNT_BITS_ - 2) & 3 != 0
@@ -817,6 +1085,7 @@ def py_copy_present_ptes(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not
         raise ValueError("index out of range")
     W.prealloc = NO_PFN if prealloc is None else prealloc
     W.fail_pfn = NO_PFN
+    W.allocations = 0
     W.mapcounts = 0
     W.large = False
     W.stats = &stats[0]
@@ -833,32 +1102,66 @@ def py_copy_present_ptes(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not
     return ret, prealloc is not None and W.prealloc == NO_PFN, W.fail_pfn, near_limit(&W)
 
 
+def py_copy_nonpresent_pte(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not None, Py_ssize_t idx,
+                           const uint64_t[::1] layout not None, const uint64_t[::1] rules not None,
+                           uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
+                           const int32_t[::1] sub not None, const uint64_t[::1] slots not None,
+                           int64_t[::1] counts not None, int64_t[::1] rss not None, int64_t[::1] stats not None,
+                           int64_t allocations):
+    """(result, allocations that may still be made, PFN, whether a mapcount is near its limit)"""
+    cdef pte_layout L = read_layout(layout)
+    cdef copy_rules R = read_rules(rules)
+    cdef walk W
+    cdef Py_ssize_t ret
+    cdef memmap M = view_memmap(words, aux, top, sub)
+    cdef swap_map S = view_swap(slots, counts)
+    check_stats(stats, src.shape[1])
+    if idx < 0 or idx >= src.shape[1] or dst.shape[1] != src.shape[1] or rss.shape[0] != 4:
+        raise ValueError("index out of range")
+    W.prealloc = NO_PFN
+    W.fail_pfn = NO_PFN
+    W.allocations = allocations
+    W.mapcounts = 0
+    W.large = False
+    W.stats = &stats[0]
+    W.rss = &rss[0]
+    with nogil:
+        ret = copy_nonpresent_pte(dst, 0, src, 0, idx, src[0, idx], &L, &R, &M, &S, &W)
+        derive_stats(W.stats, src.shape[1] + 1)
+    return ret, W.allocations, W.fail_pfn, near_limit(&W)
+
+
 def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not None, const int64_t[::1] vpns not None,
                        Py_ssize_t dst_row, Py_ssize_t src_row, Py_ssize_t nr_rows, int64_t start, int64_t end,
                        const uint64_t[::1] layout not None, const uint64_t[::1] rules not None,
                        uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
-                       const int32_t[::1] sub not None, const uint64_t[::1] pool not None,
-                       int64_t[::1] rss not None, int64_t[::1] stats not None, int64_t[::1] state not None):
+                       const int32_t[::1] sub not None, const uint64_t[::1] slots not None,
+                       int64_t[::1] counts not None, const uint64_t[::1] pool not None, int64_t[::1] rss not None,
+                       int64_t[::1] stats not None, int64_t[::1] state not None):
     """Copy virtual pages start..end (page numbers) of nr_rows tables.
 
-    state is [row, idx, pages used of the pool]: where to go on after E_PREALLOC, and where the walk stopped.
-    Returns (0, -EHWPOISON or an E_ code; failing PFN; whether a mapcount is near its limit).
+    state is [row, idx, pages used of the pool, allocations left, rows that the child has]: where to go on after
+    E_PREALLOC or E_SWAP_SLOT, and where the walk stopped.
+    Returns (0, -EHWPOISON, -EBUSY, -ENOMEM or an E_ code; failing PFN; whether a mapcount is near its limit).
     """
     cdef pte_layout L = read_layout(layout)
     cdef copy_rules R = read_rules(rules)
     cdef batch_scan B
     cdef walk W
     cdef Py_ssize_t ret = 0, row = state[0], at = state[1], used = state[2], stop, nr_hist = src.shape[1] + 1
-    cdef Py_ssize_t slots = src.shape[1]
+    cdef Py_ssize_t ptrs = src.shape[1], has_rows = state[4]
     cdef int64_t before
     cdef memmap M = view_memmap(words, aux, top, sub)
-    check_stats(stats, slots)
-    if (dst.shape[1] != slots or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0 or dst_row < 0 or row < 0 or at < 0
-            or used < 0 or src_row + nr_rows > src.shape[0] or dst_row + nr_rows > dst.shape[0]
+    cdef swap_map S = view_swap(slots, counts)
+    check_stats(stats, ptrs)
+    if (dst.shape[1] != ptrs or state.shape[0] != 5 or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0
+            or dst_row < 0 or row < 0 or at < 0 or used < 0 or src_row + nr_rows > src.shape[0]
+            or dst_row + nr_rows > dst.shape[0]
             or vpns.shape[0] != src.shape[0]):
         raise ValueError("rows out of range")
     W.prealloc = NO_PFN
     W.fail_pfn = NO_PFN
+    W.allocations = state[3]
     W.mapcounts = 0
     W.large = False
     W.stats = &stats[0]
@@ -868,12 +1171,18 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
         B.clamp = R.fpb_clamp != 0
         before = main_loop_reads(W.stats, nr_hist)
         while row < nr_rows:
+            if row >= has_rows:
+                if W.allocations == 0:
+                    ret = -ENOMEM
+                    break
+                W.allocations -= 1
+                has_rows = row + 1
             if vpns[src_row + row] + at < start:
                 at = start - vpns[src_row + row]
             stop = end - vpns[src_row + row]
-            if stop > slots:
-                stop = slots
-            ret = copy_pte_range(dst, dst_row + row, src, src_row + row, &at, stop, &L, &R, &M, &B, pool, &used, &W)
+            if stop > ptrs:
+                stop = ptrs
+            ret = copy_pte_range(dst, dst_row + row, src, src_row + row, &at, stop, &L, &R, &M, &S, &B, pool, &used, &W)
             if ret:
                 break
             at = 0
@@ -883,13 +1192,15 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
         state[0] = row
         state[1] = at
         state[2] = used
+        state[3] = W.allocations
+        state[4] = has_rows
     return ret, W.fail_pfn, near_limit(&W)
 
 
 def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpns not None, Py_ssize_t first_row,
                    Py_ssize_t nr_rows, int64_t start, int64_t end, const uint64_t[::1] layout not None,
                    uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
-                   const int32_t[::1] sub not None, bint as_kernel):
+                   const int32_t[::1] sub not None, bint as_kernel, uint64_t kinds, uint64_t kinds_high):
     """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy."""
     cdef pte_layout L = read_layout(layout)
     cdef Py_ssize_t ret = 0, row, at = 0, stop, slots = table.shape[1]
@@ -902,7 +1213,7 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
         for row in range(first_row, first_row + nr_rows):
             at = start - vpns[row] if start > vpns[row] else 0
             stop = end - vpns[row] if end - vpns[row] < slots else slots
-            ret = check_table(table, row, &at, stop, &L, &M, as_kernel, &fail_pfn)
+            ret = check_table(table, row, &at, stop, &L, &M, as_kernel, kinds, kinds_high, &fail_pfn)
             if ret:
                 where = vpns[row] + at
                 break

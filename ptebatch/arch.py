@@ -86,7 +86,9 @@ class PteLayout:
     Masks are of the 64-bit entry; 0 means the kernel modelled has no such bit. `valid` is the hardware's valid bit,
     `present_mask` the bits of which any one makes the entry present to Linux (PROT_NONE entries are present but not
     valid). `none_ignore` are bits ``pte_none()`` does not look at. `chg_mask` is what ``pte_modify()`` keeps.
-    `bits` names bits and fields for people.
+    `bits` names bits and fields for people. `swp_pfn_bits` is the width of the PFN in the offset of migration and
+    device entries (SWP_PFN_BITS); young and dirty of migration entries lie above it, and 0 says that the PFN is all
+    there is.
     """
 
     name: str
@@ -123,6 +125,7 @@ class PteLayout:
     swp_uffd_wp: int
     prots: tuple[int, ...]
     bits: tuple[tuple[str, int], ...]
+    swp_pfn_bits: int = 0
 
     @property
     def page_size(self) -> int:
@@ -220,6 +223,7 @@ X86_64 = PteLayout(
         *((f"PKEY{n}", 1 << (59 + n)) for n in range(4)),
         ("NX", _NX),
     ),
+    swp_pfn_bits=34,  # MAX_PHYSMEM_BITS is 46 with four levels of page tables
 )
 """x86-64 since v6.17."""
 
@@ -590,11 +594,24 @@ def pte_swp_clear_uffd_wp(layout: PteLayout, v: int) -> int:
     return _u64(v) & ~layout.swp_uffd_wp
 
 
+def swp_offset_pfn(layout: PteLayout, v: int) -> int:
+    """Return the PFN that a migration, device or hwpoison entry holds in its offset."""
+    offset = swp_offset(layout, v)
+    return offset & ((1 << layout.swp_pfn_bits) - 1) if layout.swp_pfn_bits else offset
+
+
 PTE_MARKER_UFFD_WP = 1
 PTE_MARKER_POISONED = 2
 PTE_MARKER_GUARD = 4  # v6.13+
 SWP_PTE_MARKER = 31
 _MARKERS = (("uffd-wp", PTE_MARKER_UFFD_WP), ("poisoned", PTE_MARKER_POISONED), ("guard", PTE_MARKER_GUARD))
+
+
+SWP_KINDS = (
+    "swap", "hwpoison", "migration read", "migration read-exclusive", "migration write", "device write", "device read",
+    "device exclusive", "device exclusive write", "device exclusive read", "marker",
+)  # fmt: skip
+"""What a swap-type entry can be; the position is the number the compiled core knows a kind by."""
 
 
 def swap_types(*, hwpoison: bool, migration: bool, device: int) -> dict[int, str]:

@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ptebatch import _core, arch, checks, folio
+from ptebatch import _core, arch, checks, folio, swap
 from ptebatch.arch import PteLayout
 from ptebatch.checks import BatchResult
-from ptebatch.errors import ArgumentError, PfnError, StateError, UnsupportedEntryError
+from ptebatch.errors import ArgumentError, PfnError, StateError
 from ptebatch.folio import FolioTable
-from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma
+from ptebatch.mm import NEVER_FAILS, STAT_FIELDS, ForkContext, Mm, Vma, swap_keys, swap_types
 from ptebatch.semantics import (
     FPB_IGNORE_DIRTY,
     FPB_IGNORE_SOFT_DIRTY,
@@ -28,6 +28,7 @@ from ptebatch.semantics import (
     FPB_RESPECT_DIRTY,
     FPB_RESPECT_SOFT_DIRTY,
     FPB_RESPECT_WRITE,
+    LATEST,
     KernelSemantics,
 )
 
@@ -35,7 +36,8 @@ U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 _disagreements = [name for name, value in _core.MEMMAP_CONSTANTS.items() if getattr(folio, name) != value]
-if _disagreements or _core.STAT_FIELDS != STAT_FIELDS:
+_disagreements += [name for name, value in _core.SWAP_CONSTANTS.items() if getattr(swap, name) != value]
+if _disagreements or _core.STAT_FIELDS != STAT_FIELDS or _core.SWP_KINDS != arch.SWP_KINDS:
     raise ImportError(
         f"the compiled core is of another version (STAT_FIELDS, {', '.join(_disagreements)}); rebuild it: make test"
     )
@@ -60,9 +62,30 @@ def soft_dirty_tracked(vma: Vma, semantics: KernelSemantics) -> bool:
     return semantics.config.mem_soft_dirty and not vma.vm_flags & arch.VM_SOFTDIRTY
 
 
+@lru_cache(maxsize=64)
+def _swap_rules(semantics: KernelSemantics) -> dict[str, int]:
+    """What the core has to know of swap types: the kind of each, and the types it writes."""
+    types = swap_types(semantics)
+    kinds = sum(arch.SWP_KINDS.index(name) << 4 * number for number, name in types.items())
+    number_of = {name: number for number, name in types.items()}
+    return {
+        "swp_kinds": kinds & arch.U64_MAX,
+        "swp_kinds_high": kinds >> 64,
+        "swp_migration_read": number_of.get("migration read", 0),
+        "swp_device_read": number_of.get("device read", 0),
+    }
+
+
+def _vm_page_prot(layout: PteLayout, vma: Vma) -> int:
+    return arch.vm_get_page_prot(layout, vma.vm_flags) if vma.vm_page_prot is None else vma.vm_page_prot
+
+
 def _rule_words(ctx: ForkContext) -> U64:
     src, dst, semantics = ctx.src_vma.vm_flags, ctx.dst_vma.vm_flags, ctx.semantics
-    prot = ctx.dst_vma.vm_page_prot
+    src_prot = _vm_page_prot(ctx.layout, ctx.src_vma)
+    markers = arch.PTE_MARKER_POISONED
+    markers |= arch.PTE_MARKER_GUARD if semantics.guard_markers else 0
+    markers |= arch.PTE_MARKER_UFFD_WP if dst & arch.VM_UFFD_WP else 0
     rules = {
         "batching": ctx.batching and semantics.fork_batching,
         "cow": arch.is_cow_mapping(src),
@@ -74,7 +97,7 @@ def _rule_words(ctx: ForkContext) -> U64:
         "dst_uffd_wp": bool(dst & arch.VM_UFFD_WP),
         "dst_write": bool(dst & arch.VM_WRITE),
         "dst_shadow_stack": bool(dst & arch.VM_SHADOW_STACK),
-        "dst_prot": arch.vm_get_page_prot(ctx.layout, dst) if prot is None else prot,
+        "dst_prot": _vm_page_prot(ctx.layout, ctx.dst_vma),
         "has_pinned": ctx.has_pinned,
         "large_mapcount": semantics.large_mapcount,
         "mm_id": semantics.mm_id,
@@ -83,6 +106,16 @@ def _rule_words(ctx: ForkContext) -> U64:
         "dst_mm_id": ctx.dst_mm_id,
         "as_kernel": ctx.pfn_without_page == "as_kernel",
         "near_limit": ctx.folios._near_limit,
+        "dst_cow": arch.is_cow_mapping(dst),
+        **_swap_rules(semantics),
+        "markers": markers,
+        "src_prot": src_prot,
+        "src_write": bool(src & arch.VM_WRITE),
+        "src_can_write": (src & (arch.VM_WRITE | arch.VM_SHARED)) == arch.VM_WRITE
+        and not arch.pte_protnone(ctx.layout, src_prot),
+        "src_uffd_wp": bool(src & arch.VM_UFFD_WP),
+        "src_mm_id": ctx.src_mm_id,
+        "single_device_exclusive": semantics.single_device_exclusive,
     }
     return np.array([int(rules[name]) for name in _core.RULE_FIELDS], dtype=np.uint64)
 
@@ -96,7 +129,11 @@ def _raise(code: int, layout: PteLayout, entry: int, address: int | None, pfn: i
     if code == _core.RESULTS["E_NO_PAGE"]:
         raise PfnError(pfn=pfn, address=address)
     if code == _core.RESULTS["E_UNSUPPORTED"]:
-        raise UnsupportedEntryError(address=address, kind=str(arch.decode(layout, entry)["kind"]))
+        raise checks.unknown_swap_type(arch.swp_type(layout, entry), address)
+    if code == _core.RESULTS["E_SWAP_FULL"]:
+        raise checks.swap_slot_full(arch.swp_type(layout, entry), arch.swp_offset(layout, entry), address)
+    if code == _core.RESULTS["E_NOT_DEVICE"]:
+        raise checks.not_device_memory(pfn, address)
     if code == _core.RESULTS["E_OVERFLOW"]:
         raise StateError(f"PFN {pfn:#x}{where}: its mapcount or its folio's refcount has reached the limit")
     if code == _core.RESULTS["E_GEOMETRY"]:
@@ -189,6 +226,8 @@ def copy_present_ptes(
     pte = int(src[idx])
     if arch.pte_none(ctx.layout, pte):
         raise ArgumentError(f"slot {idx} of src is empty; copy_present_ptes needs a present entry")
+    if not arch.pte_present(ctx.layout, pte):
+        raise ArgumentError(f"slot {idx} of src is not present; copy_nonpresent_pte is for such entries")
     ctx.folios._prepare_pages(prealloc)
     ret, used, pfn, near_limit = _core.py_copy_present_ptes(
         dst.reshape(1, -1), src.reshape(1, -1), idx, max_nr, _layout_words(ctx.layout), _rule_words(ctx),
@@ -202,6 +241,35 @@ def copy_present_ptes(
     return int(ret)
 
 
+def copy_nonpresent_pte(ctx: ForkContext, dst: U64, src: U64, idx: int, rss: I64, stats: I64) -> int:
+    """Copy one entry that is not present; see :func:`ptebatch.reference.copy_nonpresent_pte`."""
+    _check_rows(ctx, dst, src, rss, stats)
+    idx = checks.check_idx(idx, ctx.layout)
+    pte = int(src[idx])
+    checks.check_nonpresent(ctx.layout, pte, idx)
+    swap = ctx.folios.swap
+    swap.know(swap_keys(ctx.layout, src[idx : idx + 1], ctx.semantics))
+    before = _allocations_left(ctx)
+    ret, left, pfn, near_limit = _core.py_copy_nonpresent_pte(
+        dst.reshape(1, -1), src.reshape(1, -1), idx, _layout_words(ctx.layout), _rule_words(ctx),
+        *_memmap(ctx.folios), swap._slots, swap._counts, rss, stats, before,
+    )  # fmt: skip
+    ctx.folios._walked([], near_limit)
+    _allocated(ctx, before - left)
+    if ret in _core.RESULTS.values():
+        _raise(ret, ctx.layout, pte, None, pfn)
+    return int(ret)
+
+
+def _allocations_left(ctx: ForkContext) -> int:
+    return NEVER_FAILS if ctx.allocations is None else ctx.allocations.left
+
+
+def _allocated(ctx: ForkContext, nr: int) -> None:
+    if ctx.allocations is not None:
+        ctx.allocations.made += nr
+
+
 def _copy(
     ctx: ForkContext,
     dst: U64,
@@ -212,22 +280,34 @@ def _copy(
     end: int,
     rss: I64,
     stats: I64,
+    has_rows: int,
 ) -> int:
-    """Drive the core's walk of pages start..end, with more preallocated pages whenever it runs out of them."""
+    """Drive the core's walk of pages start..end.
+
+    It comes back for more preallocated pages whenever it runs out of them, and for swap slots that are not known yet.
+    """
     layout, rules = _layout_words(ctx.layout), _rule_words(ctx)
     dst_row, src_row, nr_rows = rows
-    state = np.zeros(3, dtype=np.int64)
+    before = _allocations_left(ctx)
+    state = np.array([0, 0, 0, before, has_rows], dtype=np.int64)
     pool = np.empty(0, dtype=np.uint64)
+    swap = ctx.folios.swap
     while True:
         ret, pfn, near_limit = _core.py_copy_page_range(
-            dst, src, vpns, dst_row, src_row, nr_rows, start, end, layout, rules, *_memmap(ctx.folios), pool, rss,
-            stats, state,
+            dst, src, vpns, dst_row, src_row, nr_rows, start, end, layout, rules, *_memmap(ctx.folios), swap._slots,
+            swap._counts, pool, rss, stats, state,
         )  # fmt: skip
         ctx.folios._walked(pool[: state[2]], near_limit)
-        if ret != _core.RESULTS["E_PREALLOC"]:
+        if ret == _core.RESULTS["E_SWAP_SLOT"]:
+            ahead = src[src_row + int(state[0]) : src_row + nr_rows].reshape(-1)
+            swap.know(swap_keys(ctx.layout, ahead, ctx.semantics))
+            pool = pool[state[2] :]
+        elif ret == _core.RESULTS["E_PREALLOC"]:
+            pool = ctx.folios.reserve(max(MIN_POOL, 2 * len(pool)))
+        else:
             break
-        pool = ctx.folios.reserve(max(MIN_POOL, 2 * len(pool)))
         state[2] = 0
+    _allocated(ctx, before - int(state[3]))
     if ret in _core.RESULTS.values():
         row, idx = src_row + int(state[0]), int(state[1])
         address = (int(vpns[row]) + idx) << ctx.layout.page_shift
@@ -240,7 +320,7 @@ def copy_pte_range(ctx: ForkContext, dst: U64, src: U64, idx: int, end: int, rss
     _check_rows(ctx, dst, src, rss, stats)
     idx, end = checks.check_span(idx, end, ctx.layout)
     vpns = np.zeros(1, dtype=np.int64)
-    return _copy(ctx, dst.reshape(1, -1), src.reshape(1, -1), vpns, (0, 0, 1), idx, end, rss, stats)
+    return _copy(ctx, dst.reshape(1, -1), src.reshape(1, -1), vpns, (0, 0, 1), idx, end, rss, stats, 1)
 
 
 def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64) -> int:
@@ -264,23 +344,27 @@ def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64) -> int
         )
     rows = (dst_first, first, last - first)
     ret = _copy(
-        ctx, dst_mm.entries, src_mm.entries, src_mm.vpns, rows, vma.start >> shift, vma.end >> shift, dst_mm.rss, stats
-    )
+        ctx, dst_mm.entries, src_mm.entries, src_mm.vpns, rows, vma.start >> shift, vma.end >> shift, dst_mm.rss, stats,
+        int(ctx.has_first_table),
+    )  # fmt: skip
     return -ENOMEM if ret else 0
 
 
-def check_range(mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str = "error") -> None:
+def check_range(
+    mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str = "error", semantics: KernelSemantics = LATEST
+) -> None:
     """The read-only pass before a fork; see :func:`ptebatch.reference.check_range`."""
     checks.check_pfn_without_page(pfn_without_page)
     checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), False)
     layout, memmap = _layout_words(mm.layout), _memmap(mm.folios)
+    swap_rules = _swap_rules(semantics)
     shift = mm.layout.page_shift
     for vma in vmas:
         checks.refuse_large_leaves(mm, vma)
         first, last = mm.rows(vma.start, vma.end)
         ret, vpn, pfn = _core.py_check_range(
             mm.entries, mm.vpns, first, last - first, vma.start >> shift, vma.end >> shift, layout, *memmap,
-            pfn_without_page == "as_kernel",
+            pfn_without_page == "as_kernel", swap_rules["swp_kinds"], swap_rules["swp_kinds_high"],
         )  # fmt: skip
         if ret:
             _raise(ret, mm.layout, mm.pte(vpn << shift), vpn << shift, pfn)
@@ -344,6 +428,7 @@ __all__: list[Any] = [
     "BatchResult",
     "apply_helper",
     "check_range",
+    "copy_nonpresent_pte",
     "copy_page_range",
     "copy_present_ptes",
     "copy_pte_range",

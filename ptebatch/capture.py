@@ -34,7 +34,17 @@ from ptebatch import arch
 from ptebatch import folio as f
 from ptebatch.errors import ArgumentError, CaptureError, PermissionDeniedError, ProcessGoneError
 from ptebatch.folio import FolioTable
-from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, NR_MM_COUNTERS, Mm, Vma
+from ptebatch.mm import (
+    MM_ANONPAGES,
+    MM_FILEPAGES,
+    MM_SHMEMPAGES,
+    MM_SWAPENTS,
+    NR_MM_COUNTERS,
+    Mm,
+    Vma,
+    swap_keys,
+    swap_types,
+)
 from ptebatch.semantics import KernelSemantics, running
 
 __all__ = ["Area", "Capture", "Entries", "Frames", "Seen", "capture", "exit_on_signals", "look", "parse_smaps"]
@@ -902,6 +912,7 @@ class _Builder:
             self.layout, folios, vmas=self._vmas(), **self._tables(entries), rss=self._rss(normal, word), mm_id=1,
             name=f"{self.reader.comm}[{self.reader.pid}]",
         )  # fmt: skip
+        folios.swap.add(swap_keys(self.layout, mm.entries.reshape(-1), self.semantics))
         mm.validate()
         self._say(mm)
         return Capture(mm, self.bound, "hidden" if self.reader.hidden else "real", self.notes)
@@ -1074,7 +1085,7 @@ class _Builder:
             guard = self.entries.value & u(PM_GUARD) != 0
             kind = np.where(guard, u(arch.SWP_PTE_MARKER), u(0))
             offset = np.where(guard, u(arch.PTE_MARKER_GUARD), np.cumsum(self.swapped).astype(u))
-        self.real_swap = self.swapped & (kind < u(REAL_SWAP_TYPES))
+        self.real_swap = self.swapped & (kind < u(min(swap_types(self.semantics))))
         offset ^= u((1 << layout.swp_offset_bits) - 1)
         value = kind << u(layout.swp_type_shift) | offset << u(layout.swp_offset_shift)
         private = self._of_area(arch.is_cow_mapping(area.vm_flags) for area in self.areas)
@@ -1167,6 +1178,7 @@ class _Builder:
         real = int(self.real_swap.sum())
         if real and not self.drop_swap:
             say("entries.swp_exclusive: assumed for swapped-out pages of private areas")
+            say("swap slots: only this process's references are counted")
         if self.drop_swap and self.swapped.any():
             say(f"entries: {int(self.swapped.sum())} that are not present (swap, markers, migration) are left out")
         if reader.changed:

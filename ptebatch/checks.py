@@ -14,7 +14,7 @@ import numpy as np
 
 from ptebatch import arch
 from ptebatch.arch import PteLayout
-from ptebatch.errors import ArgumentError, ReadOnlyError, SemanticsError, UnsupportedEntryError
+from ptebatch.errors import ArgumentError, ReadOnlyError, SemanticsError, StateError, UnsupportedEntryError
 from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma
 
 U64_MAX = (1 << 64) - 1
@@ -182,6 +182,23 @@ def check_flags(flags: Any, semantics: Any) -> int:
     return number
 
 
+def unknown_swap_type(number: int, addr: int | None) -> UnsupportedEntryError:
+    """A swap type that no kernel uses: they have five bits, also where the entry has room for more."""
+    return UnsupportedEntryError(address=addr, kind=f"swap type {number}")
+
+
+def not_device_memory(pfn: int, addr: int | None) -> StateError:
+    """A device-private entry and its page contradict each other."""
+    where = "" if addr is None else f" at address {addr:#x}"
+    return StateError(f"a device-private entry{where} maps PFN {pfn:#x}, which is not device memory (device=True)")
+
+
+def swap_slot_full(number: int, offset: int, addr: int | None) -> StateError:
+    """A swap slot that can count no further reference."""
+    where = "" if addr is None else f" at address {addr:#x}"
+    return StateError(f"swap slot {number}:{offset:#x}{where}: its count has reached the limit")
+
+
 def check_mms(**mms: Any) -> None:
     """Each an Mm."""
     for name, mm in mms.items():
@@ -222,6 +239,13 @@ def check_set_ptes(entries: np.ndarray, idx: int, pte: int, nr: int, layout: Pte
     for slot in range(idx, idx + nr):
         if arch.pte_present(layout, int(entries[slot])):
             raise ArgumentError(f"slot {slot} of entries is present; set_ptes needs slots that are not")
+
+
+def check_nonpresent(layout: PteLayout, pte: int, idx: int) -> None:
+    """An entry for ``copy_nonpresent_pte``."""
+    if arch.pte_none(layout, pte) or arch.pte_present(layout, pte):
+        what = "empty" if arch.pte_none(layout, pte) else "present"
+        raise ArgumentError(f"slot {idx} of src is {what}; copy_nonpresent_pte needs an entry that is neither")
 
 
 def check_wrprotect_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> None:

@@ -6,7 +6,7 @@ Storage, read directly by the Cython core (which compares the constants below on
   field holds the refcount on a folio's page 0, the large mapcount on page 1, the entire mapcount on page 2. Counts are
   plain: 0 is unmapped. An absent page is the word 0.
 * ``_aux``: for large folios, ``_aux[head]`` and ``_aux[head + 1]`` are the two MM-ID slots (count, mm id); the top bit
-  of ``_aux[head]`` is the maybe-mapped-shared flag.
+  of ``_aux[head]`` is the maybe-mapped-shared flag. The folio flags AUX_DIRTY and AUX_LOCKED are in ``_aux[head]`` too.
 * sections of 64 pages behind a two-level index: ``_top[pfn >> 18]`` is a block number of ``_sub`` (or -1), and
   ``_sub[block * 4096 + (pfn >> 6 & 4095)]`` is ``section << 1 | full`` (or -1). A folio larger than a section has
   consecutive sections.
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptebatch.errors import ArgumentError, PfnError, StateError
+from ptebatch.swap import SwapTable
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -41,6 +42,8 @@ HWPOISON_BIT = 62
 VALID_BIT = 63
 AUX_COUNT_BITS = 26
 AUX_ID_BITS = 20
+AUX_DIRTY_BIT = 46
+AUX_LOCKED_BIT = 47
 AUX_SHARED_BIT = 63
 SECTION_SHIFT = 6
 SECTION_PAGES = 1 << SECTION_SHIFT
@@ -84,11 +87,17 @@ def _pfn_array(name: str, pfns: Any) -> I64:
 
 
 class FolioTable:
-    """Pages and folios by page frame number; shared by all address spaces that map them."""
+    """Pages and folios by page frame number; shared by all address spaces that map them.
+
+    Attributes
+    ----------
+    swap : SwapTable
+        Counts of swap slots, for memory that is swapped out.
+    """
 
     __slots__ = (
         "_aux", "_free_hint", "_near_limit", "_next_mm_id", "_nr_sections", "_pincounts", "_section_of", "_sub",
-        "_top", "_words", "__weakref__",
+        "_top", "_words", "swap", "__weakref__",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -102,6 +111,7 @@ class FolioTable:
         self._near_limit = False
         self._next_mm_id = 1
         self._free_hint = 1
+        self.swap = SwapTable()
 
     # --- index --------------------------------------------------------------------------------------------------------
 
@@ -588,12 +598,13 @@ class FolioTable:
         for name in ("_nr_sections", "_near_limit", "_next_mm_id", "_free_hint"):
             setattr(self, name, getattr(other, name))
         self._pincounts = dict(other._pincounts)
+        self.swap = other.swap.copy()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FolioTable):
             return NotImplemented
         mine, theirs = self.pages_table(), other.pages_table()
-        return all(np.array_equal(mine[name], theirs[name]) for name in mine)
+        return all(np.array_equal(mine[name], theirs[name]) for name in mine) and self.swap == other.swap
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -765,6 +776,31 @@ class Folio:
     ksm = property(lambda self: self._flag(KSM_BIT), doc="Merged by KSM.")
     hugetlb = property(lambda self: self._flag(HUGETLB_BIT), doc="A hugetlb folio.")
     device = property(lambda self: self._flag(DEVICE_BIT), doc="Device-private memory.")
+
+    def _aux_flag(self, bit: int) -> bool:
+        return bool(int(self._folios._aux[self._folios._at(self.pfn)]) >> bit & 1)
+
+    def _set_aux_flag(self, bit: int, value: bool) -> None:
+        at = self._folios._at(self.pfn)
+        self._folios._aux[at] = int(self._folios._aux[at]) & ~(1 << bit) | int(bool(value)) << bit
+
+    @property
+    def dirty(self) -> bool:
+        """PG_dirty of the folio: what it holds is not on disk or swap."""
+        return self._aux_flag(AUX_DIRTY_BIT)
+
+    @dirty.setter
+    def dirty(self, value: bool) -> None:
+        self._set_aux_flag(AUX_DIRTY_BIT, value)
+
+    @property
+    def locked(self) -> bool:
+        """PG_locked: somebody else holds the folio lock, so a trylock fails."""
+        return self._aux_flag(AUX_LOCKED_BIT)
+
+    @locked.setter
+    def locked(self, value: bool) -> None:
+        self._set_aux_flag(AUX_LOCKED_BIT, value)
 
     @property
     def maybe_dma_pinned(self) -> bool:

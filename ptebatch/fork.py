@@ -53,6 +53,12 @@ class ForkStats:
         Pages whose PG_anon_exclusive was cleared.
     special_ptes : int
         Entries without a normal page (zero page, PFN mappings).
+    swap_entries, migration_entries, device_private_entries, hwpoison_entries : int
+        Entries of these kinds copied; none of them is counted as present.
+    device_exclusive_entries : int
+        Entries that were made present again in the parent, and then copied as such.
+    pte_markers : int
+        Markers met, whether or not the child got them.
     batch_hist : numpy.ndarray
         int64[ptrs_per_pte + 1]: batches by nr.
     """
@@ -75,6 +81,12 @@ class ForkStats:
     copied_pages: int
     anon_exclusive_cleared: int
     special_ptes: int
+    swap_entries: int
+    migration_entries: int
+    device_private_entries: int
+    device_exclusive_entries: int
+    hwpoison_entries: int
+    pte_markers: int
     batch_hist: npt.NDArray[np.int64]
 
     @classmethod
@@ -200,6 +212,7 @@ class ForkPlan:
                     has_pinned=mm.has_pinned,
                     dst_mm_id=mm_id,
                     pfn_without_page=pfn_without_page,
+                    src_mm_id=mm.mm_id,
                 )
             )
             first, last = mm.rows(src_vma.start, src_vma.end)
@@ -214,10 +227,17 @@ class ForkPlan:
         ------
         PfnError, UnsupportedEntryError
             An entry whose PFN has no page, or of a kind that is not modelled; nothing was changed.
+        StateError
+            A count that would leave its range, or an entry that contradicts its page; what was copied stays.
         ForkError
             The fork failed as the kernel's does (``errno`` is ENOMEM).
         """
-        self.impl.check_range(self.mm, [c.src_vma for c in self.contexts], pfn_without_page=self.pfn_without_page)
+        self.impl.check_range(
+            self.mm,
+            [c.src_vma for c in self.contexts],
+            pfn_without_page=self.pfn_without_page,
+            semantics=self.semantics,
+        )
         stats = new_stats(self.mm.layout)
         counts = dict(zip(STAT_FIELDS, range(len(STAT_FIELDS)), strict=True))
         stats[counts["vmas_skipped"]] = self._skipped

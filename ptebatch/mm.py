@@ -15,7 +15,8 @@ from ptebatch import folio as f
 from ptebatch.arch import PteLayout
 from ptebatch.errors import ArgumentError, StateError
 from ptebatch.folio import FolioTable
-from ptebatch.semantics import KernelSemantics
+from ptebatch.semantics import LATEST, KernelSemantics
+from ptebatch.swap import KEY_TYPE_SHIFT
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -25,7 +26,8 @@ NR_MM_COUNTERS = 4
 STAT_FIELDS = (
     "vmas_copied", "vmas_skipped", "tables_allocated", "ptes_none", "ptes_present", "ptes_single", "ptes_batched",
     "batches", "folio_ref_add", "rmap_dup", "ptep_get", "wrprotect_ptes", "ptes_wrprotected", "set_ptes",
-    "eagain_rounds", "copied_pages", "anon_exclusive_cleared", "special_ptes",
+    "eagain_rounds", "copied_pages", "anon_exclusive_cleared", "special_ptes", "swap_entries", "migration_entries",
+    "device_private_entries", "device_exclusive_entries", "hwpoison_entries", "pte_markers",
 )  # fmt: skip
 """Counters of one page-table walk, in the order of the arrays `new_stats` makes; the batch histogram follows."""
 
@@ -281,6 +283,49 @@ class Mm:
         return f"<Mm {self.name or self.mm_id}: {len(self.vmas)} VMAs, {len(self.vpns)} page tables>"
 
 
+@dataclass(slots=True)
+class Allocations:
+    """Points of a fork where the kernel allocates memory, counted in its order.
+
+    Attributes
+    ----------
+    fail_at : int, optional
+        Let the allocation of that number fail, counted from 0. None: none fails.
+    made : int
+        Allocations made so far.
+    """
+
+    fail_at: int | None = None
+    made: int = 0
+
+    @property
+    def left(self) -> int:
+        """How many may still be made before one fails; a large number where none will."""
+        return NEVER_FAILS if self.fail_at is None else self.fail_at - self.made
+
+    def allocate(self) -> bool:
+        """Make one; False if it fails."""
+        if self.left == 0:
+            return False
+        self.made += 1
+        return True
+
+
+NEVER_FAILS = 1 << 62
+
+
+def swap_types(semantics: KernelSemantics) -> dict[int, str]:
+    """Number the special swap types of a kernel; lower numbers are real swap areas (`ptebatch.arch.swap_types`).
+
+    >>> from ptebatch.semantics import V6_12, V6_18
+    >>> swap_types(V6_18)[31], swap_types(V6_18)[25], swap_types(V6_12)[25]
+    ('marker', 'migration read', 'migration read-exclusive')
+    """
+    config = semantics.config
+    device = (3 if semantics.single_device_exclusive else 4) if config.device_private else 0
+    return arch.swap_types(hwpoison=config.memory_failure, migration=config.migration, device=device)
+
+
 @dataclass(frozen=True)
 class ForkContext:
     """What stays the same while fork copies one VMA.
@@ -300,6 +345,12 @@ class ForkContext:
     dst_mm_id : int
         The child's, for MM-ID slots.
     pfn_without_page : {"error", "as_kernel"}
+    src_mm_id : int
+        The parent's; only kernels before v6.15 that restore device-exclusive entries need it.
+    allocations : Allocations, optional
+        Counts what is allocated, and lets one allocation fail.
+    has_first_table : bool
+        The child has its page table for the start of the range already, from the VMA before.
     """
 
     layout: PteLayout
@@ -311,6 +362,9 @@ class ForkContext:
     has_pinned: bool
     dst_mm_id: int
     pfn_without_page: PFN_WITHOUT_PAGE = "error"
+    src_mm_id: int = 0
+    allocations: Allocations | None = None
+    has_first_table: bool = False
 
 
 def new_stats(layout: PteLayout) -> I64:
@@ -327,8 +381,19 @@ def pte_pfns(layout: PteLayout, entries: U64) -> tuple[npt.NDArray[np.bool_], U6
     return present, (value & np.uint64(layout.pfn_mask)) >> np.uint64(layout.pfn_shift)
 
 
-def account(mm: Mm, *, anon_exclusive: bool | None = None) -> None:
-    """Count every present entry of a new address space into its FolioTable and its rss.
+def swap_keys(layout: PteLayout, entries: U64, semantics: KernelSemantics) -> U64:
+    """Find the swap slots (`ptebatch.swap.swap_key`) that entries refer to, in their order; vectorised."""
+    u = np.uint64
+    none = (entries & u(~layout.none_ignore & arch.U64_MAX)) == u(layout.none_value)
+    swapped = entries[~none & ((entries & u(layout.present_mask)) == 0)]
+    types = swapped >> u(layout.swp_type_shift) & u((1 << layout.swp_type_bits) - 1)
+    offsets = (~swapped if layout.swp_offset_inverted else swapped) >> u(layout.swp_offset_shift)
+    keys = types << u(KEY_TYPE_SHIFT) | offsets & u((1 << layout.swp_offset_bits) - 1)
+    return keys[types < u(min(swap_types(semantics)))]
+
+
+def account(mm: Mm, *, anon_exclusive: bool | None = None, semantics: KernelSemantics = LATEST) -> None:
+    """Count every present entry and every swap entry of a new address space into its FolioTable and its rss.
 
     Parameters
     ----------
@@ -336,6 +401,8 @@ def account(mm: Mm, *, anon_exclusive: bool | None = None) -> None:
         Entries written, nothing counted yet.
     anon_exclusive : bool, optional
         Mark anonymous pages PG_anon_exclusive: all or none; None marks those mapped by a private VMA that may write.
+    semantics : KernelSemantics
+        Says which swap types are real swap areas.
 
     Raises
     ------
@@ -345,6 +412,9 @@ def account(mm: Mm, *, anon_exclusive: bool | None = None) -> None:
     layout, folios = mm.layout, mm.folios
     for vma in mm.vmas:
         entries = mm.ptes(vma.start, vma.end)
+        slots = swap_keys(layout, entries, semantics)
+        folios.swap.add(slots)
+        mm.rss[MM_SWAPENTS] += len(slots)
         present, pfns = pte_pfns(layout, entries)
         normal = pfns[present & ((entries & np.uint64(layout.special)) == 0)].astype(np.int64)
         if not len(normal):
@@ -380,8 +450,9 @@ def digest(mms: Sequence[Mm], folios: FolioTable, semantics: KernelSemantics) ->
     """BLAKE2b over the logical state of address spaces and their memmap, as 64 hex digits.
 
     Covers, for each Mm in the order given, its non-none entries as sorted (vpn, entry) pairs of both pools and its
-    rss; for each page (PFN, mapcount, anon-exclusive); for each folio its counters. Counters a kernel version does not
-    keep (large mapcount, MM-ID slots) are left out under it. Storage (rows, sections, capacity) does not matter.
+    rss; for each page (PFN, mapcount, anon-exclusive); for each folio its counters and whether it is dirty;
+    the counts of swap slots. Counters a kernel version does not keep (large mapcount, MM-ID slots) are left out under
+    it. Storage (rows, sections, capacity) does not matter.
     """
     hasher = hashlib.blake2b(digest_size=32)
 
@@ -410,7 +481,9 @@ def digest(mms: Sequence[Mm], folios: FolioTable, semantics: KernelSemantics) ->
     if semantics.large_mapcount:
         update(counter[offset == 1])
     update(counter[offset == 2])
+    update(aux[head] & np.uint64(1 << f.AUX_DIRTY_BIT))
     if semantics.mm_id:
         slots = (offset < 2) & (order > 0)
         update(aux[slots] & np.uint64(1 << f.AUX_SHARED_BIT | (1 << f.AUX_COUNT_BITS + f.AUX_ID_BITS) - 1))
+    update(*folios.swap.table())
     return hasher.hexdigest()

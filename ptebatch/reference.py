@@ -5,9 +5,10 @@ here is fast.  Read it from top to bottom to learn what the kernel does:
 
 1. `folio_pte_batch` counts how many entries in a row map consecutive pages of one folio;
 2. `copy_present_ptes` takes references for that many pages, write-protects the parent, sets the child;
-3. `copy_pte_range` does this for one page table, `copy_page_range` for all tables of a VMA;
-4. `check_range` looks for what cannot be copied before anything is written;
-5. `wrprotect_range` uses the same batches for write-protection alone.
+3. `copy_nonpresent_pte` copies swap entries, migration entries, markers and the like, one at a time;
+4. `copy_pte_range` does this for one page table, `copy_page_range` for all tables of a VMA;
+5. `check_range` looks for what cannot be copied before anything is written;
+6. `wrprotect_range` uses the same batches for write-protection alone.
 
 Modelled: mm/internal.h, mm/memory.c, include/linux/rmap.h and include/linux/pgtable.h, v6.6 to v6.19; each
 function says which.  What differs between releases is a switch of `ptebatch.semantics.KernelSemantics`.
@@ -16,7 +17,7 @@ function says which.  What differs between releases is a switch of `ptebatch.sem
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from errno import EAGAIN, ENOMEM
+from errno import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,19 @@ import numpy as np
 from ptebatch import arch, checks
 from ptebatch.arch import PteLayout
 from ptebatch.checks import BatchResult
-from ptebatch.errors import ArgumentError, PfnError, StateError, UnsupportedEntryError
+from ptebatch.errors import ArgumentError, PfnError, StateError
 from ptebatch.folio import MAX_COUNTER, MAX_MAPCOUNT, Folio, FolioTable
-from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, STAT_FIELDS, ForkContext, Mm, Vma
+from ptebatch.mm import (
+    MM_ANONPAGES,
+    MM_FILEPAGES,
+    MM_SHMEMPAGES,
+    MM_SWAPENTS,
+    STAT_FIELDS,
+    ForkContext,
+    Mm,
+    Vma,
+    swap_types,
+)
 from ptebatch.semantics import (
     FPB_IGNORE_DIRTY,
     FPB_IGNORE_SOFT_DIRTY,
@@ -35,13 +46,16 @@ from ptebatch.semantics import (
     FPB_RESPECT_DIRTY,
     FPB_RESPECT_SOFT_DIRTY,
     FPB_RESPECT_WRITE,
+    LATEST,
     KernelSemantics,
 )
+from ptebatch.swap import MAX_SWAP_COUNT, SWAP_MAP_MAX, swap_key
 
 __all__ = [
     "BatchResult",
     "apply_helper",
     "check_range",
+    "copy_nonpresent_pte",
     "copy_page_range",
     "copy_present_ptes",
     "copy_pte_range",
@@ -316,8 +330,8 @@ def copy_present_ptes(
 
     Raises
     ------
-    ArgumentError, PfnError, UnsupportedEntryError
-        A bad argument; a PFN without a page; an entry that is not present.
+    ArgumentError, PfnError
+        A bad argument, an entry that is not present; a PFN without a page.
     StateError
         A count would leave its range; nothing has changed.
 
@@ -338,7 +352,7 @@ def copy_present_ptes(
     if arch.pte_none(ctx.layout, pte):
         raise ArgumentError(f"slot {idx} of src is empty; copy_present_ptes needs a present entry")
     if not arch.pte_present(ctx.layout, pte):
-        raise _unsupported(ctx.layout, pte, None)
+        raise ArgumentError(f"slot {idx} of src is not present; copy_nonpresent_pte is for such entries")
     return _copy_present_ptes(ctx, dst, src, idx, pte, max_nr, rss, prealloc, stats, None)
 
 
@@ -421,8 +435,7 @@ def _fork_batch_flags(ctx: ForkContext) -> int:
     """
     vm_flags = ctx.src_vma.vm_flags
     private = not vm_flags & arch.VM_SHARED
-    # vma_soft_dirty_enabled(), mm/internal.h: tracking starts when clear_refs takes the flag away.
-    soft_dirty_tracked = ctx.semantics.config.mem_soft_dirty and not vm_flags & arch.VM_SOFTDIRTY
+    soft_dirty_tracked = _soft_dirty_tracked(ctx)
     if ctx.semantics.fpb_respect:
         flags = FPB_MERGE_WRITE
         flags |= FPB_RESPECT_DIRTY if private else 0
@@ -431,6 +444,11 @@ def _fork_batch_flags(ctx: ForkContext) -> int:
         flags = 0 if private else FPB_IGNORE_DIRTY
         flags |= 0 if soft_dirty_tracked else FPB_IGNORE_SOFT_DIRTY
     return flags
+
+
+def _soft_dirty_tracked(ctx: ForkContext) -> bool:
+    # vma_soft_dirty_enabled(), mm/internal.h: tracking starts when clear_refs takes the flag away.
+    return ctx.semantics.config.mem_soft_dirty and not ctx.src_vma.vm_flags & arch.VM_SOFTDIRTY
 
 
 def _mm_counter(folio: Folio) -> int:
@@ -497,6 +515,204 @@ def _vm_page_prot(layout: PteLayout, vma: Vma) -> int:
     return arch.vm_get_page_prot(layout, vma.vm_flags) if vma.vm_page_prot is None else vma.vm_page_prot
 
 
+# --- copy_nonpresent_pte ----------------------------------------------------------------------------------------------
+
+
+def copy_nonpresent_pte(
+    ctx: ForkContext, dst: np.ndarray, src: np.ndarray, idx: int, rss: np.ndarray, stats: np.ndarray
+) -> int:
+    """Copy one entry that is neither present nor empty: swap, migration, device, hwpoison, or a marker.
+
+    Parameters
+    ----------
+    ctx : ForkContext
+        Its folios and swap slots are written.
+    dst, src : ndarray of uint64, shape (ptrs_per_pte,)
+        The child's and the parent's table; both written.
+    idx : int
+        Slot in both.
+    rss : ndarray of int64, shape (4,)
+        The child's; added to.
+    stats : ndarray of int64
+        Added to.
+
+    Returns
+    -------
+    int
+        0: copied, or a marker the child does not get. -ENOENT: a device-exclusive entry was made present again in the
+        parent; copy it as such. -EBUSY: that could not be done, somebody holds the folio's lock. -EIO: the count of the
+        swap slot needs a continuation page and there is no memory for it; nothing has changed.
+
+    Raises
+    ------
+    ArgumentError
+        A bad argument, or an entry that is present or empty.
+    PfnError
+        A migration or device entry whose PFN has no page.
+    UnsupportedEntryError
+        A swap type that no kernel uses.
+    StateError
+        A count would leave its range, or a device-private entry maps ordinary memory; nothing has changed.
+
+    Notes
+    -----
+    ``copy_nonpresent_pte()`` and ``restore_exclusive_pte()``, mm/memory.c, v6.6 to v6.19.
+    """
+    ctx = checks.check_context(ctx)
+    dst = checks.check_row("dst", dst, ctx.layout, writable=True)
+    src = checks.check_row("src", src, ctx.layout, writable=True)
+    idx = checks.check_idx(idx, ctx.layout)
+    rss = checks.check_rss(rss)
+    stats = checks.check_stats(stats, ctx.layout)
+    checks.check_no_overlap(dst=dst, src=src, rss=rss, stats=stats)
+    checks.check_nonpresent(ctx.layout, int(src[idx]), idx)
+    return _copy_nonpresent_pte(ctx, dst, src, idx, int(src[idx]), rss, stats, None)
+
+
+def _copy_nonpresent_pte(
+    ctx: ForkContext,
+    dst: np.ndarray,
+    src: np.ndarray,
+    idx: int,
+    pte: int,
+    rss: np.ndarray,
+    stats: np.ndarray,
+    addr: int | None,
+) -> int:
+    layout, types = ctx.layout, swap_types(ctx.semantics)
+    kind = _swap_kind(layout, types, pte, addr)
+    cow = arch.is_cow_mapping(ctx.dst_vma.vm_flags)
+    uffd_wp = bool(ctx.dst_vma.vm_flags & arch.VM_UFFD_WP)
+
+    if kind == "marker":
+        keep = arch.PTE_MARKER_POISONED
+        keep |= arch.PTE_MARKER_GUARD if ctx.semantics.guard_markers else 0
+        keep |= arch.PTE_MARKER_UFFD_WP if uffd_wp else 0
+        marker = arch.swp_offset(layout, pte) & keep
+        if marker:
+            dst[idx] = arch.swp_entry(layout, arch.SWP_PTE_MARKER, marker)
+        _count_nonpresent(stats, "pte_markers")
+        return 0
+
+    if kind == "swap":
+        if not _swap_duplicate(ctx, pte, addr):
+            return -EIO
+        if arch.pte_swp_exclusive(layout, pte):
+            pte = arch.pte_swp_clear_exclusive(layout, pte)
+            src[idx] = pte
+        rss[MM_SWAPENTS] += 1
+        _count_nonpresent(stats, "swap_entries")
+    elif kind == "hwpoison":
+        _count_nonpresent(stats, "hwpoison_entries")
+    else:
+        pfn = arch.swp_offset_pfn(layout, pte)
+        if pfn not in ctx.folios:
+            raise PfnError(pfn=pfn, address=addr)
+        folio = ctx.folios.page(pfn).folio
+        if kind.startswith("migration"):
+            # References and mappings of the page are the migration's own.
+            if kind != "migration read" and cow:
+                old, pte = pte, arch.swp_entry(layout, _type_of(types, "migration read"), arch.swp_offset(layout, pte))
+                if arch.pte_swp_soft_dirty(layout, old):
+                    pte = arch.pte_swp_mksoft_dirty(layout, pte)
+                if arch.pte_swp_uffd_wp(layout, old):
+                    pte = arch.pte_swp_mkuffd_wp(layout, pte)
+                src[idx] = pte
+            _count_nonpresent(stats, "migration_entries")
+        elif kind in ("device write", "device read"):
+            if not folio.device:
+                raise checks.not_device_memory(pfn, addr)
+            _check_room(ctx, folio, pfn, 1, addr)
+            folio.refcount += 1
+            if folio.anon:
+                _try_dup_anon_rmap(ctx, folio, pfn, 1, stats)  # device memory is never pinned
+            else:
+                _dup_rmap(ctx, folio, pfn, 1)
+            _count(stats, "folio_ref_add")
+            _count(stats, "rmap_dup")
+            if kind == "device write" and cow:
+                old, pte = pte, arch.swp_entry(layout, _type_of(types, "device read"), arch.swp_offset(layout, pte))
+                if arch.pte_swp_uffd_wp(layout, old):
+                    pte = arch.pte_swp_mkuffd_wp(layout, pte)
+                src[idx] = pte
+            _count_nonpresent(stats, "device_private_entries")
+        else:
+            if folio.locked:
+                return -EBUSY
+            src[idx] = _restore_exclusive_pte(ctx, folio, pfn, pte, kind, addr)
+            _count_nonpresent(stats, "device_exclusive_entries")
+            return -ENOENT
+        rss[_mm_counter(folio)] += 1
+
+    if not uffd_wp:
+        pte = arch.pte_swp_clear_uffd_wp(layout, pte)
+    dst[idx] = pte
+    return 0
+
+
+def _count_nonpresent(stats: np.ndarray, name: str) -> None:
+    _count(stats, name)
+    _count(stats, "ptep_get", 1)  # beside the walk's own read
+
+
+def _swap_kind(layout: PteLayout, types: dict[int, str], pte: int, addr: int | None) -> str:
+    """Name the kind of a swap-type entry, one of `ptebatch.arch.SWP_KINDS`."""
+    number = arch.swp_type(layout, pte)
+    if number > arch.SWP_PTE_MARKER:
+        raise checks.unknown_swap_type(number, addr)
+    return types.get(number, "swap")
+
+
+def _type_of(types: dict[int, str], name: str) -> int:
+    return next(number for number, kind in types.items() if kind == name)
+
+
+def _swap_duplicate(ctx: ForkContext, pte: int, addr: int | None) -> bool:
+    """Count one more reference to a swap slot (``swap_duplicate()``, mm/swapfile.c); False without memory for it."""
+    swap, layout = ctx.folios.swap, ctx.layout
+    number, offset = arch.swp_type(layout, pte), arch.swp_offset(layout, pte)
+    count = swap.count(number, offset)
+    if count == MAX_SWAP_COUNT:
+        raise checks.swap_slot_full(number, offset, addr)
+    needs_page = count == SWAP_MAP_MAX and not swap.continued(number, offset, layout.page_shift)
+    if needs_page and ctx.allocations is not None and not ctx.allocations.allocate():
+        return False
+    swap.add([swap_key(number, offset)])
+    return True
+
+
+def _restore_exclusive_pte(ctx: ForkContext, folio: Folio, pfn: int, pte: int, kind: str, addr: int | None) -> int:
+    """Give the parent back a page that a device had for itself; return its entry.
+
+    ``restore_exclusive_pte()``, mm/memory.c.  Through v6.14 the entry's type said whether it had been writable, and the
+    mapping had not been counted meanwhile.
+    """
+    layout, vma = ctx.layout, ctx.src_vma
+    page = ctx.folios.page(pfn)
+    new = arch.pte_mkold(layout, arch.mk_pte(layout, pfn, _vm_page_prot(layout, vma)))
+    if arch.pte_swp_soft_dirty(layout, pte):
+        new = arch.pte_mksoft_dirty(layout, new)
+    if arch.pte_swp_uffd_wp(layout, pte):
+        new = arch.pte_mkuffd_wp(layout, new)
+    writable = bool(vma.vm_flags & arch.VM_WRITE)
+    if ctx.semantics.single_device_exclusive:
+        # can_change_pte_writable(), mm/mprotect.c; in a shared mapping it asks for a dirty entry, which this is not.
+        watched = vma.vm_flags & arch.VM_UFFD_WP and arch.pte_uffd_wp(layout, new)
+        watched = watched or (_soft_dirty_tracked(ctx) and not arch.pte_soft_dirty(layout, new))
+        shared = vma.vm_flags & arch.VM_SHARED or not (folio.anon and page.anon_exclusive)
+        if writable and not watched and not shared and not arch.pte_protnone(layout, new):
+            if folio.dirty:
+                new = arch.pte_mkdirty(layout, new)
+            new = arch.pte_mkwrite(layout, new, vma.vm_flags)
+        return new
+    if kind == "device exclusive write" and not arch.pte_swp_uffd_wp(layout, pte):
+        new = arch.pte_mkdirty(layout, new)
+        new = arch.pte_mkwrite(layout, new, vma.vm_flags) if writable else new
+    _check_room(ctx, folio, pfn, 1, addr)
+    _dup_rmap(ctx, folio, pfn, 1, ctx.src_mm_id)
+    return new
+
+
 # --- rmap -------------------------------------------------------------------------------------------------------------
 
 
@@ -538,15 +754,15 @@ def _try_dup_anon_rmap(ctx: ForkContext, folio: Folio, pfn: int, nr: int, stats:
     return True
 
 
-def _dup_rmap(ctx: ForkContext, folio: Folio, pfn: int, nr: int) -> None:
-    """Count `nr` more mappings (``folio_dup_file_rmap_ptes()``, include/linux/rmap.h, v6.8+)."""
+def _dup_rmap(ctx: ForkContext, folio: Folio, pfn: int, nr: int, mm_id: int | None = None) -> None:
+    """Count `nr` more mappings, the child's or those of `mm_id` (``folio_dup_file_rmap_ptes()``, v6.8+)."""
     if _page_mapcounts(ctx, folio):
         for k in range(nr):
             ctx.folios.page(pfn + k).mapcount += 1
     if folio.order > 0 and ctx.semantics.large_mapcount:
         folio.large_mapcount += nr
     if _tracks_mm_ids(ctx, folio):
-        _add_mm_id(folio, ctx.dst_mm_id, nr)
+        _add_mm_id(folio, ctx.dst_mm_id if mm_id is None else mm_id, nr)
 
 
 def _add_mm_id(folio: Folio, mm_id: int, nr: int) -> None:
@@ -592,7 +808,8 @@ def copy_pte_range(
     Returns
     -------
     int
-        0 or -EHWPOISON; what was copied before the failing slot stays copied.
+        0, -EHWPOISON, -EBUSY or, where ``ctx.allocations`` lets an allocation fail, -ENOMEM; what was copied before the
+        failing slot stays copied.
 
     Raises
     ------
@@ -633,10 +850,20 @@ def _copy_pte_range(
             idx += 1
             continue
         if not arch.pte_present(ctx.layout, pte):
-            raise _unsupported(ctx.layout, pte, addr)
+            ret = _copy_nonpresent_pte(ctx, dst, src, idx, pte, rss, stats, addr)
+            if ret == 0:
+                idx += 1
+                continue
+            if ret != -ENOENT:
+                # -EIO: the kernel asks for memory once more, now ready to wait for it; here that fails too.
+                return -ENOMEM if ret == -EIO else ret
+            pte = int(src[idx])
+            _count(stats, "ptep_get")
         ret = _copy_present_ptes(ctx, dst, src, idx, pte, end - idx, rss, prealloc, stats, addr)
         if ret == -EAGAIN:
             # Drop the locks, allocate a page, come back to the same entry; it is then copied alone.
+            if ctx.allocations is not None and not ctx.allocations.allocate():
+                return -ENOMEM
             _count(stats, "eagain_rounds")
             prealloc = ctx.folios.reserve(1).tolist()
             continue
@@ -686,14 +913,19 @@ def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: np.ndarray)
     for _, table_addr, _, _ in tables:
         if table_addr not in child_row:
             raise StateError(f"the child has no page table for address {table_addr:#x}; add it before copying")
-    for row, table_addr, idx, end in tables:
+    for number, (row, table_addr, idx, end) in enumerate(tables):
+        has_table = number == 0 and ctx.has_first_table
+        if not has_table and ctx.allocations is not None and not ctx.allocations.allocate():
+            return -ENOMEM
         dst, src = dst_mm.entries[child_row[table_addr]], src_mm.entries[row]
         if _copy_pte_range(ctx, dst, src, idx, end, dst_mm.rss, stats, table_addr):
             return -ENOMEM
     return 0
 
 
-def check_range(mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str = "error") -> None:
+def check_range(
+    mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str = "error", semantics: KernelSemantics = LATEST
+) -> None:
     """Look for entries that cannot be copied; change nothing.
 
     Parameters
@@ -703,15 +935,19 @@ def check_range(mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str = "error")
         Those that will be copied.
     pfn_without_page : {"error", "as_kernel"}
         Whether a PFN without a page is an error, or passed over as the kernel would.
+    semantics : KernelSemantics
+        Says what swap types mean.
 
     Raises
     ------
     UnsupportedEntryError
-        A swap-type entry, a PMD leaf or a hugetlb mapping; names address and kind.
+        An unknown swap type, a PMD leaf or a hugetlb mapping; names address and kind.
     PfnError
-        A present entry, not special, whose PFN has no page; names PFN and address.
+        A present entry, not special, whose PFN has no page; a migration or device entry without one, whatever
+        `pfn_without_page` says. Names PFN and address.
     """
     pfn_without_page = checks.check_pfn_without_page(pfn_without_page)
+    types = swap_types(semantics)
     for vma in vmas:
         checks.refuse_large_leaves(mm, vma)
         for row, table_addr, idx, end in _tables(mm, vma.start, vma.end):
@@ -721,12 +957,12 @@ def check_range(mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str = "error")
                 if arch.pte_none(mm.layout, pte):
                     continue
                 if not arch.pte_present(mm.layout, pte):
-                    raise _unsupported(mm.layout, pte, addr)
+                    kind = _swap_kind(mm.layout, types, pte, addr)
+                    pfn = arch.swp_offset_pfn(mm.layout, pte)
+                    if kind.startswith(("migration", "device")) and pfn not in mm.folios:
+                        raise PfnError(pfn=pfn, address=addr)
+                    continue
                 _vm_normal_page(mm.folios, mm.layout, pte, pfn_without_page, addr)
-
-
-def _unsupported(layout: PteLayout, pte: int, addr: int | None) -> UnsupportedEntryError:
-    return UnsupportedEntryError(address=addr, kind=str(arch.decode(layout, pte)["kind"]))
 
 
 def _tables(mm: Mm, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

@@ -49,6 +49,11 @@ SWITCHES: dict[str, Switch] = {
     "special_pmd": Switch("bc02afbd4d73", "v6.12", "fork copies special (PFNMAP) PMDs"),
     "guard_markers": Switch("7c53dfbdb024", "v6.13", "guard markers exist and are copied to the child"),
     "fpb_clamp": Switch("7b08b74f3d99", "v6.15", "folio_pte_batch() clamps max_nr to the folio before it scans"),
+    "single_device_exclusive": Switch(
+        "20250129115411.2077152-7-david@redhat.com",
+        "v6.15",
+        "device-exclusive entries are of one type and keep their rmap",
+    ),
     "mm_id": Switch("6af8cb80d3a9", "v6.15", "large folios track two owning mms and whether they are shared"),
     "fpb_respect": Switch("e66d7a4f55f4", "v6.17", "folio_pte_batch() flags say what to respect and what to merge"),
     "vm_maybe_guard": Switch("ab04b530e7e8", "v6.19", "VM_MAYBE_GUARD marks guarded VMAs and makes fork copy them"),
@@ -77,12 +82,16 @@ class KernelConfig:
         CONFIG_DEVICE_PRIVATE: swap types for device memory exist.
     x86_shstk : bool
         The CPU has shadow stacks, so Dirty without RW counts as writable.
+    memory_failure, migration : bool
+        CONFIG_MEMORY_FAILURE and CONFIG_MIGRATION: swap types for poisoned pages and for pages under migration exist.
     """
 
     mem_soft_dirty: bool = True
     no_page_mapcount: bool = False
     device_private: bool = True
     x86_shstk: bool = False
+    memory_failure: bool = True
+    migration: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +113,7 @@ class KernelSemantics:
     special_pmd: bool
     guard_markers: bool
     fpb_clamp: bool
+    single_device_exclusive: bool
     mm_id: bool
     fpb_respect: bool
     vm_maybe_guard: bool
@@ -302,10 +312,12 @@ def _running_config(release: str, proc: Path, boot: Path) -> tuple[KernelConfig,
         mem_soft_dirty = "MEM_SOFT_DIRTY" in on
         no_page_mapcount = "NO_PAGE_MAPCOUNT" in on
         device_private = "DEVICE_PRIVATE" in on
+        memory_failure, migration = "MEMORY_FAILURE" in on, "MIGRATION" in on
     else:
         notes.append("kernel configuration not readable (/proc/config.gz, /boot/config-*)")
         no_page_mapcount, device_private = default.no_page_mapcount, default.device_private
-        notes.append(f"no_page_mapcount={no_page_mapcount} and device_private={device_private} are assumed")
+        memory_failure, migration = default.memory_failure, default.migration
+        notes.append(f"no_page_mapcount={no_page_mapcount}, device_private, memory_failure and migration are assumed")
         smaps = _read(proc / "self" / "smaps")
         # A new VMA carries VM_SOFTDIRTY ("sd") wherever soft-dirty is configured.
         mem_soft_dirty = bool(re.search(r"^VmFlags:.*\bsd\b", smaps, re.MULTILINE))
@@ -317,7 +329,7 @@ def _running_config(release: str, proc: Path, boot: Path) -> tuple[KernelConfig,
     shstk = bool(re.search(r"^flags\s*:.*\buser_shstk\b", _read(proc / "cpuinfo"), re.MULTILINE))
     if not shstk:
         notes.append("x86_shstk=False: cpuinfo shows no user_shstk")
-    return KernelConfig(mem_soft_dirty, no_page_mapcount, device_private, shstk), notes
+    return KernelConfig(mem_soft_dirty, no_page_mapcount, device_private, shstk, memory_failure, migration), notes
 
 
 def _read(path: Path) -> str:

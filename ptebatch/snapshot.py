@@ -3,7 +3,7 @@
 A snapshot is one safetensors file. Its header carries a JSON text under the key ``ptebatch-snapshot``: version,
 layout, names, and what was inferred. Its tensors are columns: ``tables.*`` and ``pmds.*`` (the two pools), ``vmas.*``,
 ``folios.*`` by ascending PFN, ``large.*`` of those folios that have more than one page, ``pages.*`` of all folios'
-pages in the same order, and ``rss``.
+pages in the same order, ``swap.*``, the swap slots in use, and ``rss``.
 
 A file may come from anywhere, so `load` trusts nothing in it: the header is bounded by the size of the file before it
 is read, every tensor has to have its dtype and shape before it is read, and every value is checked before anything is
@@ -32,6 +32,7 @@ from ptebatch.arch import LAYOUTS, PteLayout
 from ptebatch.errors import ArgumentError, PtebatchError, SnapshotError
 from ptebatch.folio import FolioTable
 from ptebatch.mm import NR_MM_COUNTERS, VM_OPS, Mm, Vma
+from ptebatch.swap import KEY_TYPE_SHIFT, MAX_SWAP_COUNT, SwapTable
 
 __all__ = ["MAX_BYTES", "VERSION", "Snapshot", "load", "save"]
 
@@ -39,7 +40,7 @@ Array = npt.NDArray[Any]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
-VERSION = 1
+VERSION = 2
 KEY = "ptebatch-snapshot"
 MAX_BYTES = 64 << 30
 """Largest file that `load` reads unless told otherwise."""
@@ -64,6 +65,7 @@ _COLUMNS = {
     "folios.pfn": ("I64", 0),
     "folios.order": ("U8", 0),
     "folios.bits": ("U8", 0),
+    "folios.flags": ("U8", 0),
     "folios.refcount": ("U32", 0),
     "large.large_mapcount": ("U32", 0),
     "large.entire_mapcount": ("U32", 0),
@@ -73,13 +75,15 @@ _COLUMNS = {
     "large.mm_id_mapcount": ("U32", 2),
     "pages.mapcount": ("U32", 0),
     "pages.bits": ("U8", 0),
+    "swap.slot": ("U64", 0),
+    "swap.count": ("I64", 0),
     "rss": ("I64", 0),
 }
 _VMA_BITS = ("anon_vma", "uffd_event_fork", "has_vm_page_prot")
 _FOLIO_BITS = (f.ANON_BIT, f.SWAPBACKED_BIT, f.KSM_BIT, f.HUGETLB_BIT, f.DEVICE_BIT)
 _PAGE_BITS = (f.AE_BIT, f.HWPOISON_BIT)
-_AUX_FIELDS = f.AUX_COUNT_BITS + f.AUX_ID_BITS
-_AUX_BITS = (f.AUX_SHARED_BIT, _AUX_FIELDS, _AUX_FIELDS + 1, _AUX_FIELDS + 2, _AUX_FIELDS + 3)
+_FOLIO_FLAGS = (f.AUX_DIRTY_BIT, f.AUX_LOCKED_BIT)
+_AUX_BITS = (f.AUX_SHARED_BIT,)
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,7 @@ def _columns(mm: Mm) -> dict[str, Array]:
         "folios.pfn": heads,
         "folios.order": orders.astype(np.uint8),
         "folios.bits": _gather(words, _FOLIO_BITS),
+        "folios.flags": _gather(folios._aux[at], _FOLIO_FLAGS),
         "folios.refcount": _field(words, f.COUNTER_SHIFT, f.COUNTER_BITS),
         "large.large_mapcount": _field(folios._words[large + 1], f.COUNTER_SHIFT, f.COUNTER_BITS),
         "large.entire_mapcount": _field(entire, f.COUNTER_SHIFT, f.COUNTER_BITS),
@@ -243,6 +248,8 @@ def _columns(mm: Mm) -> dict[str, Array]:
         "large.mm_id_mapcount": _field(aux, 0, f.AUX_COUNT_BITS),
         "pages.mapcount": _field(pages, 0, f.MAPCOUNT_BITS),
         "pages.bits": _gather(pages, _PAGE_BITS),
+        "swap.slot": folios.swap.table()[0],
+        "swap.count": folios.swap.table()[1],
         "rss": mm.rss,
     }
 
@@ -462,6 +469,7 @@ def _build_folios(columns: dict[str, Array], document: dict[str, Any], size: int
     _check_spread(heads, nr, size)
 
     _at_most(columns, "folios.bits", (1 << len(_FOLIO_BITS)) - 1)
+    _at_most(columns, "folios.flags", (1 << len(_FOLIO_FLAGS)) - 1)
     _at_most(columns, "large.bits", (1 << len(_AUX_BITS)) - 1)
     _at_most(columns, "pages.bits", (1 << len(_PAGE_BITS)) - 1)
     _at_most(columns, "pages.mapcount", f.MAX_MAPCOUNT)
@@ -488,11 +496,12 @@ def _build_folios(columns: dict[str, Array], document: dict[str, Any], size: int
 
     folios = FolioTable()
     if not len(heads):
-        return _finish(folios, document, 0)
+        return _finish(folios, document, columns, 0)
     folios.add_folios(heads, orders, anon=anon, swapbacked=swapbacked, ksm=ksm, hugetlb=hugetlb, device=device)
     pages = folios.lookup(_pages_of(heads, orders))
     folios._words[pages] |= columns["pages.mapcount"].astype(np.uint64) | _scatter(columns["pages.bits"], _PAGE_BITS)
     at = folios.lookup(heads)
+    folios._aux[at] = _scatter(columns["folios.flags"], _FOLIO_FLAGS)
     folios._words[at] |= columns["folios.refcount"].astype(np.uint64) << np.uint64(f.COUNTER_SHIFT)
     at = at[large]
     folios._words[at + 1] |= columns["large.large_mapcount"].astype(np.uint64) << np.uint64(f.COUNTER_SHIFT)
@@ -500,15 +509,23 @@ def _build_folios(columns: dict[str, Array], document: dict[str, Any], size: int
     entire = columns["large.entire_mapcount"][three].astype(np.uint64)
     folios._words[at[three] + 2] |= entire << np.uint64(f.COUNTER_SHIFT)
     slots = counts.astype(np.uint64) | ids.astype(np.uint64) << np.uint64(f.AUX_COUNT_BITS)
-    folios._aux[at] = slots[:, 0] | _scatter(columns["large.bits"], _AUX_BITS)
+    folios._aux[at] |= slots[:, 0] | _scatter(columns["large.bits"], _AUX_BITS)
     folios._aux[at + 1] = slots[:, 1]
     pinned = columns["large.pincount"] != 0
     for head, count in zip(heads[large][pinned].tolist(), columns["large.pincount"][pinned].tolist(), strict=True):
         folios.folio(head).pincount = count
-    return _finish(folios, document, int(columns["pages.mapcount"].max()))
+    return _finish(folios, document, columns, int(columns["pages.mapcount"].max()))
 
 
-def _finish(folios: FolioTable, document: dict[str, Any], most_mapped: int) -> FolioTable:
+def _finish(folios: FolioTable, document: dict[str, Any], columns: dict[str, Array], most_mapped: int) -> FolioTable:
+    slots, counts = columns["swap.slot"], columns["swap.count"]
+    if (slots[1:] <= slots[:-1]).any():
+        _fail("swap.slot", "slots repeat or are out of order")
+    _at_most(columns, "swap.slot", (32 << KEY_TYPE_SHIFT) - 1)
+    _at_most(columns, "swap.count", MAX_SWAP_COUNT)
+    if counts.size and int(counts.min()) < 1:
+        _fail("swap.count", "must be positive")
+    folios.swap = SwapTable.from_table(slots, counts)
     folios._near_limit = most_mapped >= f.NEAR_LIMIT
     folios._next_mm_id = document["next_mm_id"]
     return folios

@@ -15,6 +15,7 @@ from ptebatch.arch import X86_64, PteLayout
 from ptebatch.folio import FolioTable
 from ptebatch.mm import Mm, Vma
 from ptebatch.semantics import PRESETS, KernelSemantics
+from ptebatch.swap import MAX_SWAP_COUNT, swap_key
 
 L = X86_64
 TABLE_END = 7 * L.ptrs_per_pte  # virtual page number; VMAs straddle it
@@ -34,11 +35,17 @@ class FolioSpec:
     pinned: bool = False
     extra_refs: int = 0
     device: bool = False
+    dirty: bool = False
+    locked: bool = False
 
 
 @dataclass(frozen=True)
 class Run:
-    """Entries that map consecutive pages of a folio, or holes (folio -1), or special entries (folio -2)."""
+    """Entries that map consecutive pages of a folio, or holes (folio -1), or special entries (folio -2).
+
+    With a swap type they are swap-type entries: their offsets are the PFNs of the folio's pages, or `first` and on
+    (folio -1). `bits` are then those of such entries.
+    """
 
     folio: int
     first: int
@@ -46,6 +53,7 @@ class Run:
     bits: int
     toggles: tuple[tuple[int, int], ...] = ()  # (offset in the run, bits flipped there)
     protnone: bool = False
+    swap_type: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Case:
     folios: tuple[FolioSpec, ...]
     vmas: tuple[VmaSpec, ...]
     has_pinned: bool
-    raw: tuple[tuple[int, int], ...] = field(default=())  # (vma-relative page, value) written as is
+    swap: tuple[tuple[int, int], ...] = field(default=())  # (offset in swap area 0, its count)
 
 
 BASE = L.valid | L.user
@@ -117,13 +125,42 @@ def folio_specs(draw: st.DrawFn) -> FolioSpec:
         poisoned=draw(st.sampled_from((0, 0, 0, whole)) | st.just(1)) if draw(st.integers(0, 9)) == 0 else 0,
         pinned=draw(st.integers(0, 3)) == 0,
         extra_refs=draw(st.sampled_from((0, 0, 1, 5, 1022, 1023, 1024))),
-        device=anon and draw(st.integers(0, 9)) == 0,
+        device=anon and draw(st.integers(0, 5)) == 0,
+        dirty=draw(st.booleans()),
+        locked=draw(st.integers(0, 19)) == 0,
     )
+
+
+SWP_BITS = (L.swp_exclusive, L.swp_soft_dirty, L.swp_uffd_wp)
+FIRST_SPECIAL_TYPE = 23  # with every configuration; what the types from here on mean depends on it
+
+
+@st.composite
+def swap_runs(draw: st.DrawFn, folios: tuple[FolioSpec, ...], room: int) -> Run:
+    """Swap-type entries of every type: swap slots, markers, or PFNs of some folio's pages."""
+    bits = sum(draw(st.sets(st.sampled_from(SWP_BITS))))
+    kind = draw(st.sampled_from(("swap", "swap", "marker", "page", "page", "device")))
+    if kind == "swap":
+        return Run(-1, draw(st.integers(0, 6)), draw(st.integers(1, min(room, 5))), bits, swap_type=0)
+    if kind == "marker":
+        return Run(-1, draw(st.integers(0, 7)), 1, bits, swap_type=arch.SWP_PTE_MARKER)
+    devices = [at for at, spec in enumerate(folios) if spec.device]
+    if kind == "device" and devices:
+        which, swap_type = draw(st.sampled_from(devices)), draw(st.integers(27, 29))
+    else:
+        which = draw(st.integers(0, len(folios) - 1))
+        swap_type = draw(st.sampled_from((*range(FIRST_SPECIAL_TYPE, 27), 30)))
+    pages = 1 << folios[which].order
+    first = draw(st.integers(0, pages - 1))
+    high = draw(st.sampled_from((0, 0, 1, 2, 3))) << L.swp_pfn_bits if kind == "page" else 0  # young, dirty
+    return Run(which, first, draw(st.integers(1, min(pages - first, room))), bits | high << 8, swap_type=swap_type)
 
 
 @st.composite
 def runs(draw: st.DrawFn, folios: tuple[FolioSpec, ...], room: int) -> Run:
-    kind = draw(st.integers(0, 11))
+    kind = draw(st.integers(0, 15))
+    if kind >= 13:
+        return draw(swap_runs(folios, room))
     if kind == 0:
         return Run(-1, 0, draw(st.integers(1, min(room, 8))), 0)
     if kind == 1:
@@ -163,7 +200,9 @@ def cases(draw: st.DrawFn) -> Case:
             )
         )
         start += nr
-    return Case(folios, tuple(vmas), draw(st.booleans()))
+    counts = st.tuples(st.integers(0, 11), st.sampled_from((1, 1, 61, 62, 63, MAX_SWAP_COUNT)))
+    swap = draw(st.just(()) | st.lists(counts, max_size=4, unique_by=lambda slot: slot[0]).map(tuple))
+    return Case(folios, tuple(vmas), draw(st.booleans()), swap)
 
 
 @st.composite
@@ -174,6 +213,8 @@ def kernels(draw: st.DrawFn) -> KernelSemantics:
         mem_soft_dirty=draw(st.booleans()),
         x86_shstk=draw(st.integers(0, 3)) == 0,
         no_page_mapcount=semantics.mm_id and draw(st.integers(0, 3)) == 0,
+        device_private=draw(st.booleans()) or draw(st.booleans()),
+        memory_failure=draw(st.booleans()),
     )
     return replace(semantics, config=config)
 
@@ -201,7 +242,7 @@ def build(case: Case, layout: PteLayout = X86_64) -> Mm:
         mapcount = [0] * pages
         for vma in case.vmas:
             for run in vma.runs:
-                if run.folio == len(heads) - 1:
+                if run.folio == len(heads) - 1 and run.swap_type is None:
                     for k in range(run.nr):
                         mapcount[run.first + k] += 1
         total = sum(mapcount)
@@ -217,6 +258,7 @@ def build(case: Case, layout: PteLayout = X86_64) -> Mm:
             anon_exclusive=[bool(spec.exclusive >> k & 1) for k in range(pages)],
             pincount=int(spec.pinned) if spec.order else 0,
         )
+        folios.folio(pfn).dirty, folios.folio(pfn).locked = spec.dirty, spec.locked
         for k in range(pages):
             if spec.poisoned >> k & 1:
                 folios.page(pfn + k).hwpoison = True
@@ -237,7 +279,10 @@ def build(case: Case, layout: PteLayout = X86_64) -> Mm:
         vpn = spec.start
         for run in spec.runs:
             for k in range(run.nr):
-                if run.folio == -2:
+                if run.swap_type is not None:
+                    offset = run.first + k if run.folio < 0 else heads[run.folio] + run.first + k | run.bits >> 8
+                    value = arch.swp_entry(layout, run.swap_type, offset) | run.bits & 0xFF
+                elif run.folio == -2:
                     value = arch.pte_mkspecial(layout, arch.mk_pte(layout, run.first + k, BASE | run.bits))
                 elif run.folio >= 0:
                     value = entry(layout, heads[run.folio] + run.first + k, run, k)
@@ -247,7 +292,11 @@ def build(case: Case, layout: PteLayout = X86_64) -> Mm:
             vpn += run.nr
     for at, spec in enumerate(case.folios):
         if spec.order:
-            mapped = sum(run.nr for vma in case.vmas for run in vma.runs if run.folio == at)
+            mapped = sum(
+                run.nr for vma in case.vmas for run in vma.runs if run.folio == at and run.swap_type is None
+            )
             if mapped:
                 folios.folio(heads[at]).set_mm_ids(((mm.mm_id, mapped), (0, 0)))
+    for offset, count in case.swap:
+        folios.swap.add([swap_key(0, offset)], count)
     return mm

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ptebatch"
 FLOORS = [
     {"errors", "_core"},
     {"arch", "semantics"},
+    {"swap"},
     {"folio"},
     {"mm"},
     {"checks"},

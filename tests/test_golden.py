@@ -18,7 +18,9 @@ from ptebatch.folio import FolioTable
 from ptebatch.mm import ForkContext, Vma
 
 GOLDEN = Path(__file__).parent / "golden"
-FUNCTIONS = ("folio_pte_batch", "set_ptes", "wrprotect_ptes", "copy_present_ptes", "copy_pte_range")
+FUNCTIONS = (
+    "folio_pte_batch", "set_ptes", "wrprotect_ptes", "copy_present_ptes", "copy_nonpresent_pte", "copy_pte_range",
+)  # fmt: skip
 U64 = (1 << 64) - 1
 Vector = dict[str, Any]
 
@@ -79,16 +81,20 @@ def memmap(vector: Vector) -> FolioTable:
         spec = dict(spec)
         pfn = number(spec.pop("pfn"))
         mm_ids, shared, poisoned = (spec.pop(name, None) for name in ("mm_ids", "shared", "hwpoison"))
+        dirty, locked = (spec.pop(name, False) for name in ("dirty", "locked"))
         spec["mapcount"] = per_page(spec.get("mapcount", 0))
         spec["anon_exclusive"] = per_page(spec.get("anon_exclusive", False))
         folios.add(pfn, spec.pop("order"), **spec)
         folio = folios.folio(pfn)
+        folio.dirty, folio.locked = dirty, locked
         if mm_ids is not None:
             folio.set_mm_ids(tuple(tuple(slot) for slot in mm_ids))
         if shared is not None:
             folio.maybe_mapped_shared = shared
         if poisoned:
             folios.page(pfn).hwpoison = True
+    for swap_type, offset, count in vector.get("swap", ()):
+        folios.swap.add([swap_type << 56 | offset], count)
     return folios
 
 
@@ -108,6 +114,8 @@ def context(vector: Vector, folios: FolioTable) -> ForkContext:
         has_pinned=vector["has_pinned"],
         dst_mm_id=2,
         pfn_without_page=vector["pfn_without_page"],
+        src_mm_id=1,
+        allocations=mm.Allocations(vector["fail_at"]) if "fail_at" in vector else None,
     )
 
 
@@ -258,6 +266,26 @@ def test_copy_present_ptes(impl, vector):
         return
     check_copy(vector, call(), dst, src, folios, rss)
     assert prealloc == [number(pfn) for pfn in vector["expect"].get("prealloc", [])]
+    check_stats(vector, stats)
+
+
+@vectors("copy_nonpresent_pte")
+def test_copy_nonpresent_pte(impl, vector):
+    folios = memmap(vector)
+    ctx = context(vector, folios)
+    dst, src, rss = table([]), table(vector["src"]), np.zeros(4, dtype=np.int64)
+    stats = mm.new_stats(ctx.layout)
+
+    def call() -> int:
+        return impl.copy_nonpresent_pte(ctx, dst, src, vector["idx"], rss, stats)
+
+    if "error" in vector:
+        check_refused(vector, call, dst, src, folios, rss)
+        return
+    check_copy(vector, call(), dst, src, folios, rss)
+    slots, counts = folios.swap.table()
+    want = [[swap_type << 56 | offset, count] for swap_type, offset, count in vector["expect"].get("swap", [])]
+    assert [list(pair) for pair in zip(slots.tolist(), counts.tolist(), strict=True)] == want
     check_stats(vector, stats)
 
 

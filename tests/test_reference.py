@@ -178,7 +178,7 @@ def space(*vmas: Vma, folios: FolioTable | None = None) -> Mm:
 
 
 def child_of(parent: Mm) -> Mm:
-    return Mm.for_vmas(L, parent.folios, [dataclasses.replace(vma) for vma in parent.vmas])
+    return Mm.for_vmas(parent.layout, parent.folios, [dataclasses.replace(vma) for vma in parent.vmas])
 
 
 def fill(space_: Mm, addr: int, values: list[int]) -> None:
@@ -281,16 +281,33 @@ def test_check_range_names_address_and_pfn(impl):
     impl.check_range(parent, [], pfn_without_page="error")
 
 
-def test_check_range_names_address_and_kind(impl):
-    start = TABLE
-    vma = Vma(start, start + (16 << 12), COW)
+@pytest.mark.parametrize("name", ["migration read", "migration write", "device read", "device exclusive"])
+def test_check_range_looks_for_the_pages_of_swap_type_entries(impl, name):
+    number = next(n for n, kind in mm.swap_types(V6_18).items() if kind == name)
+    vma = Vma(TABLE, TABLE + (16 << 12), COW)
     parent = space(vma)
-    parent.set_pte(start + (7 << 12), arch.swp_entry(L, 31, 4))
+    fill(parent, TABLE, [arch.swp_entry(L, 31, 4), arch.swp_entry(L, 0, 5), arch.swp_entry(L, number, HEAD)])
+    impl.check_range(parent, [vma], semantics=V6_18)
+    parent.set_pte(TABLE + (7 << 12), arch.swp_entry(L, number, 0xABC))
+    with pytest.raises(PfnError) as caught:
+        impl.check_range(parent, [vma], pfn_without_page="as_kernel", semantics=V6_18)
+    assert (caught.value.pfn, caught.value.address) == (0xABC, TABLE + (7 << 12))
+    bare = V6_18.replace(memory_failure=False, migration=False, device_private=False)
+    impl.check_range(parent, [vma], semantics=bare)
+
+
+def test_types_beyond_five_bits_are_refused(impl):
+    """An architecture whose entries have room for more types: the kernel uses 32 all the same."""
+    layout = dataclasses.replace(L, swp_type_shift=58, swp_type_bits=6, swp_offset_bits=49)
+    vma = Vma(TABLE, TABLE + (16 << 12), COW)
+    parent = Mm.for_vmas(layout, FolioTable(), [vma])
+    parent.set_pte(TABLE + (7 << 12), arch.swp_entry(layout, 40, 4))
     with pytest.raises(UnsupportedEntryError) as caught:
-        impl.check_range(parent, [vma], pfn_without_page="as_kernel")
-    assert (caught.value.address, caught.value.kind) == (start + (7 << 12), "marker")
-    with pytest.raises(UnsupportedEntryError):
-        impl.copy_page_range(make_ctx(parent.folios, vma=vma), child_of(parent), parent, mm.new_stats(L))
+        impl.check_range(parent, [vma])
+    assert (caught.value.address, caught.value.kind) == (TABLE + (7 << 12), "swap type 40")
+    ctx = dataclasses.replace(make_ctx(parent.folios, vma=vma), layout=layout)
+    with pytest.raises(UnsupportedEntryError, match="swap type 40"):
+        impl.copy_page_range(ctx, child_of(parent), parent, mm.new_stats(layout))
 
 
 def test_hugetlb_mappings_are_refused(impl):
@@ -475,7 +492,7 @@ def copy_args(**changes):
         ({"prealloc": [-1]}, ArgumentError, "prealloc"),
         ({"prealloc": [1.5]}, ArgumentError, "prealloc"),
         ({"stats": np.zeros(4, dtype=np.int64)}, ArgumentError, "stats"),
-        ({"src": row(arch.swp_entry(L, 31, 4))}, UnsupportedEntryError, "marker"),
+        ({"src": row(arch.swp_entry(L, 31, 4))}, ArgumentError, "not present"),
         ({"src": row(pte((1 << 40) - 1))}, PfnError, "0xffffffffff"),
     ],
 )

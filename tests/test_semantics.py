@@ -23,7 +23,7 @@ NEW = {
     "v6.12": {"copy_mc", "special_pmd"},
     "v6.13": {"guard_markers"},
     "v6.14": set(),
-    "v6.15": {"fpb_clamp", "mm_id"},
+    "v6.15": {"fpb_clamp", "mm_id", "single_device_exclusive"},
     "v6.16": set(),
     "v6.17": {"fpb_respect"},
     "v6.18": set(),
@@ -52,7 +52,7 @@ def test_presets_against_the_table():
 
 def test_every_switch_names_its_commit():
     for name, switch in SWITCHES.items():
-        assert re.fullmatch("[0-9a-f]{12}", switch.commit), name
+        assert re.fullmatch("[0-9a-f]{12}|[0-9.-]+[a-z]+@[a-z.]+", switch.commit), name
         assert switch.since in PRESETS
         assert switch.doc
     assert set(SWITCHES) | {"large_reuse"} == set(LATEST.switches)
@@ -132,6 +132,7 @@ def _machine(tmp_path, release, config=None, boot=None, smaps=None, cpuinfo=""):
 
 def test_running_reads_the_configuration(tmp_path):
     config = "CONFIG_MEM_SOFT_DIRTY=y\n# CONFIG_NO_PAGE_MAPCOUNT is not set\nCONFIG_DEVICE_PRIVATE=y\n"
+    config += "CONFIG_MEMORY_FAILURE=y\nCONFIG_MIGRATION=y\n"
     cpuinfo = "flags\t\t: fpu user_shstk sse\n"
     got, notes = _machine(tmp_path, "6.17.3", config, cpuinfo=cpuinfo)
     assert got == get("v6.17").replace(x86_shstk=True)
@@ -140,7 +141,9 @@ def test_running_reads_the_configuration(tmp_path):
 
 def test_running_falls_back_to_boot(tmp_path):
     got, notes = _machine(tmp_path, "6.17.3-1-generic", boot="CONFIG_NO_PAGE_MAPCOUNT=y\n")
-    assert got.config == KernelConfig(mem_soft_dirty=False, no_page_mapcount=True, device_private=False)
+    assert got.config == KernelConfig(
+        mem_soft_dirty=False, no_page_mapcount=True, device_private=False, memory_failure=False, migration=False
+    )
     assert "vendor" in notes
 
 
@@ -156,6 +159,9 @@ def test_running_infers_without_a_configuration(tmp_path, smaps, soft):
     assert f"mem_soft_dirty={soft} is {'assumed' if smaps is None else 'inferred'}" in notes
     assert "v6.16 is inferred" in notes
     assert "user_shstk" in notes
+
+
+OPTIONS = ("MEM_SOFT_DIRTY", "DEVICE_PRIVATE", "MEMORY_FAILURE", "MIGRATION")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def test_running_infers_without_a_configuration(tmp_path, smaps, soft):
     ],
 )
 def test_running_picks_the_nearest_preset(tmp_path, release, version, note):
-    got, notes = _machine(tmp_path, release, "CONFIG_MEM_SOFT_DIRTY=y\nCONFIG_DEVICE_PRIVATE=y\n")
+    got, notes = _machine(tmp_path, release, "".join(f"CONFIG_{option}=y\n" for option in OPTIONS))
     assert got.version == version
     assert note in notes
     late = {"v6.18": "vm_maybe_guard", "v6.12": "fpb_clamp", "v6.14": "fpb_clamp"}.get(version)

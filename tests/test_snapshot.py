@@ -23,6 +23,7 @@ from ptebatch.folio import FolioTable
 from ptebatch.fork import fork
 from ptebatch.mm import Mm, Vma
 from ptebatch.semantics import LATEST, V6_8
+from ptebatch.swap import swap_key
 
 RICH = "size=3MiB,folio=4KiB+16KiB+64KiB,vma=mix,shared=0.2,pinned=0.3,holes=0.1,cowed=0.3,fragmentation=0.3"
 Tensors = dict[str, Any]
@@ -78,6 +79,8 @@ def test_everything_odd_round_trips(path: Path) -> None:
     folios.page(0x1001).hwpoison = True
     folios.folio(0x1000).set_mm_ids(((2, 2), (1, 1)))
     folios.folio(0x1000).maybe_mapped_shared = True
+    folios.folio(5).dirty = folios.folio(0x400).dirty = folios.folio(0x1000).locked = True
+    folios.swap.add([swap_key(3, 99), swap_key(0, 1 << 49), swap_key(3, 99)])
     for _ in range(4):
         folios.new_mm_id()
     vmas = [
@@ -103,6 +106,9 @@ def test_everything_odd_round_trips(path: Path) -> None:
     assert state(loaded) == state(space)
     assert loaded.folios == folios
     assert loaded.folios.folio(0x400).pincount == 3
+    assert loaded.folios.folio(5).dirty
+    assert (loaded.folios.folio(0x1000).locked, loaded.folios.folio(0x1000).dirty) == (True, False)
+    assert loaded.folios.swap.count(3, 99) == 2
     assert loaded.folios.folio(0x1000).mm_ids == ((2, 2), (1, 1))
     assert loaded.folios.new_mm_id() == folios.new_mm_id()
 
@@ -210,8 +216,23 @@ def hugetlb_slots(tensors: Tensors, document: dict[str, Any]) -> None:
     tensors["folios.bits"] = np.full_like(tensors["folios.bits"], 9)
 
 
+def slots(keys: list[int], counts: list[int]) -> Callable[[Tensors, dict[str, Any]], None]:
+    def change(tensors: Tensors, document: dict[str, Any]) -> None:
+        tensors["swap.slot"] = np.array(keys, dtype=np.uint64)
+        tensors["swap.count"] = np.array(counts, dtype=np.int64)
+
+    return change
+
+
 HOSTILE = [
-    ("metadata.version", say(version=2)),
+    ("metadata.version", say(version=1)),
+    ("folios.flags", put("folios.flags", 4)),
+    ("swap.slot", slots([7, 7], [1, 1])),
+    ("swap.slot", slots([7, 5], [1, 1])),
+    ("swap.slot", slots([1 << 63], [1])),
+    ("swap.count", slots([7, 8], [1])),
+    ("swap.count", slots([7], [0])),
+    ("swap.count", slots([7], [1 << 31])),
     ("metadata.version", say(version=True)),
     ("metadata.version", say(version=10**300)),
     ("metadata.layout", say(layout="vax")),

@@ -178,13 +178,15 @@ cdef enum:
     S_VMAS_COPIED, S_VMAS_SKIPPED, S_TABLES_ALLOCATED, S_PTES_NONE, S_PTES_PRESENT, S_PTES_SINGLE, S_PTES_BATCHED,
     S_BATCHES, S_FOLIO_REF_ADD, S_RMAP_DUP, S_PTEP_GET, S_WRPROTECT_PTES, S_PTES_WRPROTECTED, S_SET_PTES,
     S_EAGAIN_ROUNDS, S_COPIED_PAGES, S_ANON_EXCLUSIVE_CLEARED, S_SPECIAL_PTES, S_SWAP, S_MIGRATION,
-    S_DEVICE_PRIVATE, S_DEVICE_EXCLUSIVE, S_HWPOISON, S_PTE_MARKERS, N_STATS
+    S_DEVICE_PRIVATE, S_DEVICE_EXCLUSIVE, S_HWPOISON, S_PTE_MARKERS, S_PMDS_COPIED,
+    S_PMDS_SPLIT, S_TABLES_DEPOSITED, S_HUGETLB_ENTRIES, S_HUGETLB_COPIED, N_STATS
 
 STAT_FIELDS = ("vmas_copied", "vmas_skipped", "tables_allocated", "ptes_none", "ptes_present", "ptes_single",
                "ptes_batched", "batches", "folio_ref_add", "rmap_dup", "ptep_get", "wrprotect_ptes",
                "ptes_wrprotected", "set_ptes", "eagain_rounds", "copied_pages", "anon_exclusive_cleared",
                "special_ptes", "swap_entries", "migration_entries", "device_private_entries",
-               "device_exclusive_entries", "hwpoison_entries", "pte_markers")
+               "device_exclusive_entries", "hwpoison_entries", "pte_markers", "pmds_copied", "pmds_split",
+               "tables_deposited", "hugetlb_entries", "hugetlb_copied")
 
 MEMMAP_CONSTANTS = {
     "MAPCOUNT_BITS": MAPCOUNT_BITS_, "COUNTER_SHIFT": COUNTER_SHIFT_, "COUNTER_BITS": COUNTER_BITS_,

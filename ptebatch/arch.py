@@ -88,7 +88,7 @@ class PteLayout:
     valid). `none_ignore` are bits ``pte_none()`` does not look at. `chg_mask` is what ``pte_modify()`` keeps.
     `bits` names bits and fields for people. `swp_pfn_bits` is the width of the PFN in the offset of migration and
     device entries (SWP_PFN_BITS); young and dirty of migration entries lie above it, and 0 says that the PFN is all
-    there is.
+    there is. `huge` marks a leaf above the page tables.
     """
 
     name: str
@@ -126,6 +126,7 @@ class PteLayout:
     prots: tuple[int, ...]
     bits: tuple[tuple[str, int], ...]
     swp_pfn_bits: int = 0
+    huge: int = 0
 
     @property
     def page_size(self) -> int:
@@ -224,6 +225,7 @@ X86_64 = PteLayout(
         ("NX", _NX),
     ),
     swp_pfn_bits=34,  # MAX_PHYSMEM_BITS is 46 with four levels of page tables
+    huge=_PAT,  # PSE, in a PMD
 )
 """x86-64 since v6.17."""
 

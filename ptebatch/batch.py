@@ -19,7 +19,7 @@ from ptebatch.arch import PteLayout
 from ptebatch.checks import BatchResult
 from ptebatch.errors import ArgumentError, PfnError, StateError
 from ptebatch.folio import FolioTable
-from ptebatch.mm import NEVER_FAILS, STAT_FIELDS, ForkContext, Mm, Vma, swap_keys, swap_types
+from ptebatch.mm import NEVER_FAILS, STAT_FIELDS, ForkContext, Mm, Vma, swap_keys, swap_types, vm_page_prot
 from ptebatch.semantics import (
     FPB_IGNORE_DIRTY,
     FPB_IGNORE_SOFT_DIRTY,
@@ -76,13 +76,9 @@ def _swap_rules(semantics: KernelSemantics) -> dict[str, int]:
     }
 
 
-def _vm_page_prot(layout: PteLayout, vma: Vma) -> int:
-    return arch.vm_get_page_prot(layout, vma.vm_flags) if vma.vm_page_prot is None else vma.vm_page_prot
-
-
 def _rule_words(ctx: ForkContext) -> U64:
     src, dst, semantics = ctx.src_vma.vm_flags, ctx.dst_vma.vm_flags, ctx.semantics
-    src_prot = _vm_page_prot(ctx.layout, ctx.src_vma)
+    src_prot = vm_page_prot(ctx.layout, ctx.src_vma)
     markers = arch.PTE_MARKER_POISONED
     markers |= arch.PTE_MARKER_GUARD if semantics.guard_markers else 0
     markers |= arch.PTE_MARKER_UFFD_WP if dst & arch.VM_UFFD_WP else 0
@@ -97,7 +93,7 @@ def _rule_words(ctx: ForkContext) -> U64:
         "dst_uffd_wp": bool(dst & arch.VM_UFFD_WP),
         "dst_write": bool(dst & arch.VM_WRITE),
         "dst_shadow_stack": bool(dst & arch.VM_SHADOW_STACK),
-        "dst_prot": _vm_page_prot(ctx.layout, ctx.dst_vma),
+        "dst_prot": vm_page_prot(ctx.layout, ctx.dst_vma),
         "has_pinned": ctx.has_pinned,
         "large_mapcount": semantics.large_mapcount,
         "mm_id": semantics.mm_id,
@@ -323,28 +319,30 @@ def copy_pte_range(ctx: ForkContext, dst: U64, src: U64, idx: int, end: int, rss
     return _copy(ctx, dst.reshape(1, -1), src.reshape(1, -1), vpns, (0, 0, 1), idx, end, rss, stats, 1)
 
 
-def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64) -> int:
-    """Copy all tables of a VMA in one call of the core; see :func:`ptebatch.reference.copy_page_range`."""
+def copy_page_range(
+    ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64, start: int | None = None, end: int | None = None
+) -> int:
+    """Copy the tables of a VMA, or of a part, in one call; see :func:`ptebatch.reference.copy_page_range`."""
     checks.check_context(ctx)
     checks.check_mms(dst_mm=dst_mm, src_mm=src_mm)
     checks.check_stats(stats, ctx.layout)
-    checks.refuse_large_leaves(src_mm, ctx.src_vma)
+    start, end = checks.check_segment(ctx, src_mm, start, end)
     checks.check_array("src_mm.entries", src_mm.entries, np.uint64, (len(src_mm.vpns), ctx.layout.ptrs_per_pte), True)
     checks.check_array("dst_mm.entries", dst_mm.entries, np.uint64, (len(dst_mm.vpns), ctx.layout.ptrs_per_pte), True)
     checks.check_no_overlap(dst_entries=dst_mm.entries, src_entries=src_mm.entries, stats=stats, rss=dst_mm.rss)
-    vma, shift = ctx.src_vma, ctx.layout.page_shift
-    first, last = src_mm.rows(vma.start, vma.end)
-    dst_first, dst_last = dst_mm.rows(vma.start, vma.end)
+    shift = ctx.layout.page_shift
+    first, last = src_mm.rows(start, end)
+    dst_first, dst_last = dst_mm.rows(start, end)
     if not np.array_equal(src_mm.vpns[first:last], dst_mm.vpns[dst_first:dst_last]):
         lacking = np.setdiff1d(src_mm.vpns[first:last], dst_mm.vpns)
         raise StateError(
             f"the child has no page table for address {int(lacking[0]) << shift:#x}; add it before copying"
             if len(lacking)
-            else f"the child has page tables in {vma.start:#x}-{vma.end:#x} that the parent lacks"
+            else f"the child has page tables in {start:#x}-{end:#x} that the parent lacks"
         )
     rows = (dst_first, first, last - first)
     ret = _copy(
-        ctx, dst_mm.entries, src_mm.entries, src_mm.vpns, rows, vma.start >> shift, vma.end >> shift, dst_mm.rss, stats,
+        ctx, dst_mm.entries, src_mm.entries, src_mm.vpns, rows, start >> shift, end >> shift, dst_mm.rss, stats,
         int(ctx.has_first_table),
     )  # fmt: skip
     return -ENOMEM if ret else 0
@@ -360,7 +358,6 @@ def check_range(
     swap_rules = _swap_rules(semantics)
     shift = mm.layout.page_shift
     for vma in vmas:
-        checks.refuse_large_leaves(mm, vma)
         first, last = mm.rows(vma.start, vma.end)
         ret, vpn, pfn = _core.py_check_range(
             mm.entries, mm.vpns, first, last - first, vma.start >> shift, vma.end >> shift, layout, *memmap,

@@ -15,7 +15,7 @@ import numpy as np
 from ptebatch import arch
 from ptebatch.arch import PteLayout
 from ptebatch.errors import ArgumentError, ReadOnlyError, SemanticsError, StateError, UnsupportedEntryError
-from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma
+from ptebatch.mm import STAT_FIELDS, ForkContext, Mm
 
 U64_MAX = (1 << 64) - 1
 MAX_PFN = (1 << 40) - 1
@@ -206,15 +206,20 @@ def check_mms(**mms: Any) -> None:
             raise ArgumentError(f"{name} must be an Mm, not {type(mm).__name__}")
 
 
-def refuse_large_leaves(mm: Mm, vma: Vma) -> None:
-    """Hugetlb mappings and PMD leaves are not modelled yet: an UnsupportedEntryError names the first in a VMA."""
-    if vma.vm_flags & arch.VM_HUGETLB or vma.vm_ops == "hugetlb":
-        raise UnsupportedEntryError(address=vma.start, kind="hugetlb mapping")
-    shift = mm.layout.page_shift
-    for vpn, pmd in zip(mm.pmd_vpns.tolist(), mm.pmd_entries.tolist(), strict=True):
-        overlaps = vpn << shift < vma.end and vma.start < (vpn + mm.layout.ptrs_per_pte) << shift
-        if overlaps and not arch.pte_none(mm.layout, pmd):
-            raise UnsupportedEntryError(address=max(vpn << shift, vma.start), kind="PMD leaf")
+def check_segment(ctx: ForkContext, src_mm: Mm, start: Any, end: Any) -> tuple[int, int]:
+    """The part of a VMA that one ``copy_page_range`` copies: page tables only, no leaf above them."""
+    vma, shift = ctx.src_vma, ctx.layout.page_shift
+    first = vma.start if start is None else check_int("start", start, vma.start, vma.end)
+    last = vma.end if end is None else check_int("end", end, first, vma.end)
+    if (first | last) & ((1 << shift) - 1):
+        raise ArgumentError(f"start and end must be multiples of the page size {1 << shift}")
+    low = int(np.searchsorted(src_mm.pmd_vpns, (first >> shift) - ctx.layout.ptrs_per_pte, side="right"))
+    high = int(np.searchsorted(src_mm.pmd_vpns, last >> shift))
+    for at in range(low, high):
+        if not arch.pte_none(ctx.layout, int(src_mm.pmd_entries[at])):
+            addr = int(src_mm.pmd_vpns[at]) << shift
+            raise ArgumentError(f"a PMD leaf lies at {addr:#x}: copy the page tables on either side of it")
+    return first, last
 
 
 def check_range_bounds(mm: Any, start: Any, end: Any) -> tuple[int, int]:

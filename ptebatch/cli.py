@@ -331,10 +331,12 @@ class _EachVma:
         self._total = total
         self.counts: list[tuple[Vma, Any]] = []
 
-    def copy_page_range(self, ctx: Any, dst_mm: Mm, src_mm: Mm, stats: Any) -> int:
+    def copy_page_range(self, ctx: Any, dst_mm: Mm, src_mm: Mm, stats: Any, *part: int) -> int:
         """See `ptebatch.batch.copy_page_range`."""
         before = stats.copy()
-        ret: int = self._copy_page_range(ctx, dst_mm, src_mm, stats)
+        ret: int = self._copy_page_range(ctx, dst_mm, src_mm, stats, *part)
+        if self.counts and self.counts[-1][0] is ctx.src_vma:
+            before -= self.counts.pop()[1]
         self.counts.append((ctx.src_vma, stats - before))
         self._progress(len(self.counts), self._total)
         return ret

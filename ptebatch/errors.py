@@ -21,6 +21,10 @@ __all__ = [
 ]
 
 
+EHWPOISON = 133
+"""Linux's number; the errno module lacks it in most versions of Python."""
+
+
 class PtebatchError(Exception):
     """Base of every error this package raises on purpose."""
 
@@ -120,7 +124,6 @@ class ForkError(PtebatchError):
     """
 
     def __init__(self, message: str = "", errno: int = _errno.ENOMEM) -> None:
-        # Python's errno module has no EHWPOISON.
-        name = "EHWPOISON" if errno == 133 else _errno.errorcode.get(errno, str(errno))
+        name = "EHWPOISON" if errno == EHWPOISON else _errno.errorcode.get(errno, str(errno))
         super().__init__(message or f"fork failed with {name}: {_os.strerror(errno)}")
         self.errno = errno

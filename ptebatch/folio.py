@@ -93,11 +93,13 @@ class FolioTable:
     ----------
     swap : SwapTable
         Counts of swap slots, for memory that is swapped out.
+    zero_pfn, huge_zero_pfn : int or None
+        Where the shared zero page and the first page of the huge one are. Neither needs a folio.
     """
 
     __slots__ = (
         "_aux", "_free_hint", "_near_limit", "_next_mm_id", "_nr_sections", "_pincounts", "_section_of", "_sub",
-        "_top", "_words", "swap", "__weakref__",
+        "_top", "_words", "huge_zero_pfn", "swap", "zero_pfn", "__weakref__",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -112,6 +114,8 @@ class FolioTable:
         self._next_mm_id = 1
         self._free_hint = 1
         self.swap = SwapTable()
+        self.zero_pfn: int | None = None
+        self.huge_zero_pfn: int | None = None
 
     # --- index --------------------------------------------------------------------------------------------------------
 
@@ -399,7 +403,7 @@ class FolioTable:
             self._add_sections(pfns >> SECTION_SHIFT)
         return pfns.astype(np.uint64)
 
-    def alloc(self, order: int = 0) -> int:
+    def alloc(self, order: int = 0, *, hugetlb: bool = False) -> int:
         """Make a new anonymous folio at the lowest free, aligned PFN; return its head PFN."""
         order = _count("order", order, MAX_ORDER)
         if order == 0:
@@ -409,7 +413,7 @@ class FolioTable:
             pfn = nr
             while (self.lookup(np.arange(pfn, pfn + nr)) >= 0).any():
                 pfn += nr
-        self.add_folios([pfn], order)
+        self.add_folios([pfn], order, hugetlb=hugetlb)
         return pfn
 
     def _prepare_pages(self, pfns: Iterable[int]) -> None:
@@ -595,7 +599,7 @@ class FolioTable:
                 mine[...] = theirs
             else:
                 setattr(self, name, theirs.copy())
-        for name in ("_nr_sections", "_near_limit", "_next_mm_id", "_free_hint"):
+        for name in ("_nr_sections", "_near_limit", "_next_mm_id", "_free_hint", "zero_pfn", "huge_zero_pfn"):
             setattr(self, name, getattr(other, name))
         self._pincounts = dict(other._pincounts)
         self.swap = other.swap.copy()

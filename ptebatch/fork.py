@@ -1,7 +1,8 @@
 """fork() of a whole address space: the order and the VMA rules of ``dup_mmap`` (kernel/fork.c, mm/mmap.c).
 
-The copying itself is ``copy_page_range`` of :mod:`ptebatch.batch` (the Cython core) or :mod:`ptebatch.reference` (plain
-Python); this module decides which VMAs it runs on and gives the child its page tables.
+Page tables are copied by ``copy_page_range`` of :mod:`ptebatch.batch` (the Cython core) or :mod:`ptebatch.reference`
+(plain Python), leaves above them by :mod:`ptebatch.pmd`; this module decides which VMAs they run on, keeps them in the
+order of addresses, and gives the child its page tables.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy.typing as npt
 
 from ptebatch import arch
 from ptebatch.errors import ArgumentError, ForkError
-from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma, new_stats
+from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma, copy_state, new_stats
+from ptebatch.pmd import check_leaves, copy_huge_pmd, copy_hugetlb_page_range, is_hugetlb, leaves
 from ptebatch.protect import resolve_batching, resolve_impl
 from ptebatch.semantics import LATEST, KernelSemantics
 
@@ -59,6 +61,13 @@ class ForkStats:
         Entries that were made present again in the parent, and then copied as such.
     pte_markers : int
         Markers met, whether or not the child got them.
+    pmds_copied, pmds_split : int
+        PMD leaves copied; split in the parent because their folio may be pinned, and then copied as page tables.
+    tables_deposited : int
+        Page tables of the child that lie behind PMD leaves of anonymous memory, in reserve. VmPTE counts these and the
+        allocated ones.
+    hugetlb_entries, hugetlb_copied : int
+        Present entries of hugetlb mappings; those among them whose folio was copied because it may be pinned.
     batch_hist : numpy.ndarray
         int64[ptrs_per_pte + 1]: batches by nr.
     """
@@ -87,6 +96,11 @@ class ForkStats:
     device_exclusive_entries: int
     hwpoison_entries: int
     pte_markers: int
+    pmds_copied: int
+    pmds_split: int
+    tables_deposited: int
+    hugetlb_entries: int
+    hugetlb_copied: int
     batch_hist: npt.NDArray[np.int64]
 
     @classmethod
@@ -182,7 +196,7 @@ class ForkPlan:
         self.batching = resolve_batching(semantics, batching)
         self.impl = resolve_impl(impl)
         self.pfn_without_page: Literal["error", "as_kernel"] = pfn_without_page
-        self._saved = (mm.entries.copy(), mm.folios.copy()) if keep else None
+        self._saved = copy_state(mm) if keep else None
 
         layout = mm.layout.configured(
             mem_soft_dirty=semantics.config.mem_soft_dirty, shstk=semantics.config.x86_shstk
@@ -192,6 +206,7 @@ class ForkPlan:
         self._skipped = 0
         mm_id = mm.folios.new_mm_id()
         rows = np.zeros(len(mm.vpns), dtype=bool)
+        leaf = np.zeros(len(mm.pmd_vpns), dtype=bool)
         for src_vma in mm.vmas:
             if src_vma.vm_flags & arch.VM_DONTCOPY:
                 self._skipped += 1
@@ -215,9 +230,11 @@ class ForkPlan:
                     src_mm_id=mm.mm_id,
                 )
             )
-            first, last = mm.rows(src_vma.start, src_vma.end)
-            rows[first:last] = True
-        self._vpns = mm.vpns[rows].copy()
+            if not is_hugetlb(src_vma):
+                first, last = mm.rows(src_vma.start, src_vma.end)
+                rows[first:last] = True
+            leaf[leaves(mm, src_vma.start, src_vma.end)] = True
+        self._vpns, self._pmd_vpns = mm.vpns[rows].copy(), mm.pmd_vpns[leaf].copy()
         self.child = Mm(mm.layout, mm.folios, vmas=vmas, vpns=self._vpns, mm_id=mm_id, name=mm.name)
 
     def run(self) -> ForkStats:
@@ -232,36 +249,81 @@ class ForkPlan:
         ForkError
             The fork failed as the kernel's does (``errno`` is ENOMEM).
         """
+        vmas = [context.src_vma for context in self.contexts]
         self.impl.check_range(
             self.mm,
-            [c.src_vma for c in self.contexts],
+            [vma for vma in vmas if not is_hugetlb(vma)],
             pfn_without_page=self.pfn_without_page,
             semantics=self.semantics,
         )
-        stats = new_stats(self.mm.layout)
+        if len(self._pmd_vpns):
+            for vma in vmas:
+                check_leaves(self.mm, vma, self.semantics)
+        self.child.pmd_vpns = self._pmd_vpns.copy()
+        self.child.pmd_entries = np.full(len(self._pmd_vpns), self.mm.layout.none_value, dtype=np.uint64)
+        stats, leaf_stats = new_stats(self.mm.layout), new_stats(self.mm.layout)
         counts = dict(zip(STAT_FIELDS, range(len(STAT_FIELDS)), strict=True))
-        stats[counts["vmas_skipped"]] = self._skipped
-        stats[counts["tables_allocated"]] = len(self._vpns)
-        for context in self.contexts:
-            stats[counts["vmas_copied"]] += 1
-            ret = self.impl.copy_page_range(context, self.child, self.mm, stats)
+        try:
+            for context in self.contexts:
+                leaf_stats[counts["vmas_copied"]] += 1
+                ret = self._copy_vma(context, stats, leaf_stats)
+                if ret:
+                    raise ForkError(
+                        f"fork failed copying {context.src_vma.start:#x}-{context.src_vma.end:#x}: "
+                        f"{errno.errorcode.get(-ret, ret)} becomes ENOMEM",
+                        errno=errno.ENOMEM,
+                    )
+        finally:
+            used = self.child.pmd_entries != np.uint64(self.mm.layout.none_value)
+            self.child.pmd_vpns, self.child.pmd_entries = self.child.pmd_vpns[used], self.child.pmd_entries[used]
+        leaf_stats[counts["vmas_skipped"]] = self._skipped
+        leaf_stats[counts["tables_allocated"]] = len(self.child.vpns)
+        return ForkStats.from_array(stats + leaf_stats)
+
+    def _copy_vma(self, context: ForkContext, stats: npt.NDArray[np.int64], leaf_stats: npt.NDArray[np.int64]) -> int:
+        """Copy one VMA in the order of its addresses (``copy_page_range`` down to ``copy_pmd_range``)."""
+        mm, child, vma = self.mm, self.child, context.src_vma
+        if is_hugetlb(vma):
+            return copy_hugetlb_page_range(context, child, mm, leaf_stats)
+        shift, nr = mm.layout.page_shift, mm.layout.ptrs_per_pte
+        start = vma.start
+        for vpn in mm.pmd_vpns[leaves(mm, vma.start, vma.end)].tolist():
+            addr = vpn << shift
+            ret = self._copy_tables(context, start, addr, stats)
             if ret:
-                raise ForkError(
-                    f"fork failed copying {context.src_vma.start:#x}-{context.src_vma.end:#x}: "
-                    f"{errno.errorcode.get(-ret, ret)} becomes ENOMEM",
-                    errno=errno.ENOMEM,
-                )
-        return ForkStats.from_array(stats)
+                return ret
+            start = addr
+            ret = copy_huge_pmd(context, child, mm, int(np.searchsorted(mm.pmd_vpns, vpn)), leaf_stats)
+            if ret == -errno.EAGAIN:
+                child.add_tables(addr, addr + (nr << shift))
+                continue
+            if ret:
+                return ret
+            start = addr + (nr << shift)
+        return self._copy_tables(context, start, vma.end, stats)
+
+    def _copy_tables(self, context: ForkContext, start: int, end: int, stats: npt.NDArray[np.int64]) -> int:
+        if start == end:
+            return 0
+        ret: int = self.impl.copy_page_range(context, self.child, self.mm, stats, start, end)
+        return ret
 
     def reset(self) -> None:
         """Bring parent, memmap and child back to what they were before ``run()`` (needs ``keep=True``)."""
         if self._saved is None:
             raise ArgumentError("reset() needs a ForkPlan made with keep=True")
-        entries, folios = self._saved
-        self.mm.entries[...] = entries
-        self.mm.folios.assign(folios)
-        self.child.entries[...] = self.mm.layout.none_value
-        self.child.rss[...] = 0
+        mm, child, saved = self.mm, self.child, self._saved
+        if mm.vpns.shape == saved.vpns.shape:
+            mm.entries[...] = saved.entries
+        else:  # a PMD was split
+            mm.vpns, mm.entries = saved.vpns.copy(), saved.entries.copy()
+            child.vpns = self._vpns
+            child.entries = np.empty((len(self._vpns), mm.layout.ptrs_per_pte), dtype=np.uint64)
+        mm.pmd_vpns, mm.pmd_entries = saved.pmd_vpns.copy(), saved.pmd_entries.copy()
+        mm.folios.assign(saved.folios)
+        child.entries[...] = mm.layout.none_value
+        child.rss[...] = 0
+        child.huge_zero, child.hugetlb_usage = False, 0
 
 
 def fork(

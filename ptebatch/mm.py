@@ -28,6 +28,7 @@ STAT_FIELDS = (
     "batches", "folio_ref_add", "rmap_dup", "ptep_get", "wrprotect_ptes", "ptes_wrprotected", "set_ptes",
     "eagain_rounds", "copied_pages", "anon_exclusive_cleared", "special_ptes", "swap_entries", "migration_entries",
     "device_private_entries", "device_exclusive_entries", "hwpoison_entries", "pte_markers",
+    "pmds_copied", "pmds_split", "tables_deposited", "hugetlb_entries", "hugetlb_copied",
 )  # fmt: skip
 """Counters of one page-table walk, in the order of the arrays `new_stats` makes; the batch histogram follows."""
 
@@ -70,6 +71,11 @@ class Vma:
     uffd_event_fork: bool = False
 
 
+def vm_page_prot(layout: PteLayout, vma: Vma) -> int:
+    """``vma->vm_page_prot``: its own, or what its flags make of it."""
+    return arch.vm_get_page_prot(layout, vma.vm_flags) if vma.vm_page_prot is None else vma.vm_page_prot
+
+
 class Mm:
     """An address space: VMAs and the pool of page tables that map them.
 
@@ -85,17 +91,22 @@ class Mm:
     entries : uint64 array of shape (n_tables, ptrs_per_pte), optional
         One row per table, C-contiguous; used as it is, not copied. None: all slots none.
     pmd_vpns, pmd_entries : arrays of shape (n_leaves,), optional
-        PMD leaves, the second pool.
+        PMD leaves, the second pool; in hugetlb VMAs also larger ones, as large as their folios.
     rss : int64 array of shape (4,), optional
         Pages by MM_FILEPAGES, MM_ANONPAGES, MM_SWAPENTS, MM_SHMEMPAGES.
     has_pinned : bool
         MMF_HAS_PINNED.
     mm_id : int, optional
         What MM-ID slots know it by; None: a fresh one.
+    huge_zero : bool
+        MMF_HUGE_ZERO_FOLIO: it holds a reference to the huge zero page, from the first mapping to its end.
+    hugetlb_usage : int
+        Pages mapped from hugetlb, which rss leaves out.
     """
 
     __slots__ = (
-        "entries", "folios", "has_pinned", "layout", "mm_id", "name", "pmd_entries", "pmd_vpns", "rss", "vmas", "vpns",
+        "entries", "folios", "has_pinned", "huge_zero", "hugetlb_usage", "layout", "mm_id", "name", "pmd_entries",
+        "pmd_vpns", "rss", "vmas", "vpns",
     )  # fmt: skip
 
     def __init__(
@@ -112,6 +123,8 @@ class Mm:
         has_pinned: bool = False,
         mm_id: int | None = None,
         name: str = "",
+        huge_zero: bool = False,
+        hugetlb_usage: int = 0,
     ) -> None:
         self.layout = layout
         self.folios = folios
@@ -124,6 +137,8 @@ class Mm:
         self.has_pinned = has_pinned
         self.mm_id = folios.new_mm_id() if mm_id is None else mm_id
         self.name = name
+        self.huge_zero = huge_zero
+        self.hugetlb_usage = hugetlb_usage
 
     def _none_tables(self, n: int) -> U64:
         shape = (n, self.layout.ptrs_per_pte)
@@ -443,16 +458,18 @@ def copy_state(mm: Mm) -> Mm:
         has_pinned=mm.has_pinned,
         mm_id=mm.mm_id,
         name=mm.name,
+        huge_zero=mm.huge_zero,
+        hugetlb_usage=mm.hugetlb_usage,
     )
 
 
 def digest(mms: Sequence[Mm], folios: FolioTable, semantics: KernelSemantics) -> str:
     """BLAKE2b over the logical state of address spaces and their memmap, as 64 hex digits.
 
-    Covers, for each Mm in the order given, its non-none entries as sorted (vpn, entry) pairs of both pools and its
-    rss; for each page (PFN, mapcount, anon-exclusive); for each folio its counters and whether it is dirty;
-    the counts of swap slots. Counters a kernel version does not keep (large mapcount, MM-ID slots) are left out under
-    it. Storage (rows, sections, capacity) does not matter.
+    Covers, for each Mm in the order given, its non-none entries as sorted (vpn, entry) pairs of both pools, its rss
+    and hugetlb usage; for each page (PFN, mapcount, anon-exclusive); for each folio its counters and whether it is
+    dirty; the counts of swap slots. Counters a kernel version does not keep (large mapcount, MM-ID slots) are left out
+    under it. Storage (rows, sections, capacity) does not matter.
     """
     hasher = hashlib.blake2b(digest_size=32)
 
@@ -464,6 +481,7 @@ def digest(mms: Sequence[Mm], folios: FolioTable, semantics: KernelSemantics) ->
     for mm in mms:
         row, idx = np.nonzero(mm.entries != np.uint64(mm.layout.none_value))
         update(mm.vpns[row] + idx, mm.entries[row, idx], mm.pmd_vpns, mm.pmd_entries, mm.rss)
+        update(np.array([mm.hugetlb_usage, mm.huge_zero], dtype=np.int64))
     table = folios.pages_table()
     words, pfns, aux = table["word"], table["pfn"], table["aux"]
     pages = words & np.uint64(f.MAX_MAPCOUNT | 1 << f.AE_BIT | 1 << f.HWPOISON_BIT)

@@ -25,7 +25,7 @@ import numpy as np
 from ptebatch import arch, checks
 from ptebatch.arch import PteLayout
 from ptebatch.checks import BatchResult
-from ptebatch.errors import ArgumentError, PfnError, StateError
+from ptebatch.errors import EHWPOISON, ArgumentError, PfnError, StateError
 from ptebatch.folio import MAX_COUNTER, MAX_MAPCOUNT, Folio, FolioTable
 from ptebatch.mm import (
     MM_ANONPAGES,
@@ -37,6 +37,7 @@ from ptebatch.mm import (
     Mm,
     Vma,
     swap_types,
+    vm_page_prot,
 )
 from ptebatch.semantics import (
     FPB_IGNORE_DIRTY,
@@ -64,8 +65,6 @@ __all__ = [
     "wrprotect_ptes",
     "wrprotect_range",
 ]
-
-EHWPOISON = 133  # Linux's number; the errno module lacks it in most versions of Python
 
 _STAT = {name: position for position, name in enumerate(STAT_FIELDS)}
 
@@ -498,7 +497,7 @@ def _copy_present_page(
     prealloc.clear()
     rss[MM_ANONPAGES] += 1
 
-    new = arch.mk_pte(layout, new_pfn, _vm_page_prot(layout, ctx.dst_vma))
+    new = arch.mk_pte(layout, new_pfn, vm_page_prot(layout, ctx.dst_vma))
     new = arch.pte_mkdirty(layout, new)
     if ctx.dst_vma.vm_flags & arch.VM_WRITE:
         new = arch.pte_mkwrite(layout, new, ctx.dst_vma.vm_flags)
@@ -509,10 +508,6 @@ def _copy_present_page(
     _count(stats, "set_ptes")
     _count_batch(stats, 1)
     return 1
-
-
-def _vm_page_prot(layout: PteLayout, vma: Vma) -> int:
-    return arch.vm_get_page_prot(layout, vma.vm_flags) if vma.vm_page_prot is None else vma.vm_page_prot
 
 
 # --- copy_nonpresent_pte ----------------------------------------------------------------------------------------------
@@ -689,7 +684,7 @@ def _restore_exclusive_pte(ctx: ForkContext, folio: Folio, pfn: int, pte: int, k
     """
     layout, vma = ctx.layout, ctx.src_vma
     page = ctx.folios.page(pfn)
-    new = arch.pte_mkold(layout, arch.mk_pte(layout, pfn, _vm_page_prot(layout, vma)))
+    new = arch.pte_mkold(layout, arch.mk_pte(layout, pfn, vm_page_prot(layout, vma)))
     if arch.pte_swp_soft_dirty(layout, pte):
         new = arch.pte_mksoft_dirty(layout, new)
     if arch.pte_swp_uffd_wp(layout, pte):
@@ -874,8 +869,10 @@ def _copy_pte_range(
     return 0
 
 
-def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: np.ndarray) -> int:
-    """Copy all entries of ``ctx.src_vma``, page table by page table.
+def copy_page_range(
+    ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: np.ndarray, start: int | None = None, end: int | None = None
+) -> int:
+    """Copy all entries of ``ctx.src_vma``, or of a part of it, page table by page table.
 
     Parameters
     ----------
@@ -887,6 +884,8 @@ def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: np.ndarray)
         The parent; its entries are written.
     stats : ndarray of int64
         Added to.
+    start, end : int, optional
+        Byte addresses within the VMA; its own when left out. No PMD leaf may lie between them.
 
     Returns
     -------
@@ -906,19 +905,18 @@ def copy_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: np.ndarray)
     checks.check_mms(dst_mm=dst_mm, src_mm=src_mm)
     stats = checks.check_stats(stats, ctx.layout)
     checks.check_no_overlap(dst_entries=dst_mm.entries, src_entries=src_mm.entries, stats=stats, rss=dst_mm.rss)
-    vma = ctx.src_vma
-    checks.refuse_large_leaves(src_mm, vma)
-    tables = list(_tables(src_mm, vma.start, vma.end))
+    start, end = checks.check_segment(ctx, src_mm, start, end)
+    tables = list(_tables(src_mm, start, end))
     child_row = {vpn << ctx.layout.page_shift: row for row, vpn in enumerate(dst_mm.vpns.tolist())}
     for _, table_addr, _, _ in tables:
         if table_addr not in child_row:
             raise StateError(f"the child has no page table for address {table_addr:#x}; add it before copying")
-    for number, (row, table_addr, idx, end) in enumerate(tables):
+    for number, (row, table_addr, idx, stop) in enumerate(tables):
         has_table = number == 0 and ctx.has_first_table
         if not has_table and ctx.allocations is not None and not ctx.allocations.allocate():
             return -ENOMEM
         dst, src = dst_mm.entries[child_row[table_addr]], src_mm.entries[row]
-        if _copy_pte_range(ctx, dst, src, idx, end, dst_mm.rss, stats, table_addr):
+        if _copy_pte_range(ctx, dst, src, idx, stop, dst_mm.rss, stats, table_addr):
             return -ENOMEM
     return 0
 
@@ -941,7 +939,7 @@ def check_range(
     Raises
     ------
     UnsupportedEntryError
-        An unknown swap type, a PMD leaf or a hugetlb mapping; names address and kind.
+        An unknown swap type; names address and kind.
     PfnError
         A present entry, not special, whose PFN has no page; a migration or device entry without one, whatever
         `pfn_without_page` says. Names PFN and address.
@@ -949,7 +947,6 @@ def check_range(
     pfn_without_page = checks.check_pfn_without_page(pfn_without_page)
     types = swap_types(semantics)
     for vma in vmas:
-        checks.refuse_large_leaves(mm, vma)
         for row, table_addr, idx, end in _tables(mm, vma.start, vma.end):
             for slot in range(idx, end):
                 pte = int(mm.entries[row, slot])

@@ -48,15 +48,21 @@ SWITCHES: dict[str, Switch] = {
     "copy_mc": Switch("658be46520ce", "v6.12", "copying a pinned page survives a memory error: -EHWPOISON"),
     "special_pmd": Switch("bc02afbd4d73", "v6.12", "fork copies special (PFNMAP) PMDs"),
     "guard_markers": Switch("7c53dfbdb024", "v6.13", "guard markers exist and are copied to the child"),
+    "hugetlb_copy_vm_write": Switch(
+        "20241204153100.1967364-1-david@redhat.com",
+        "v6.14",
+        "a hugetlb folio that fork copies is mapped writable only with VM_WRITE",
+    ),
     "fpb_clamp": Switch("7b08b74f3d99", "v6.15", "folio_pte_batch() clamps max_nr to the folio before it scans"),
     "single_device_exclusive": Switch(
-        "20250129115411.2077152-7-david@redhat.com",
+        "c25465eb7630",
         "v6.15",
         "device-exclusive entries are of one type and keep their rmap",
     ),
     "mm_id": Switch("6af8cb80d3a9", "v6.15", "large folios track two owning mms and whether they are shared"),
     "fpb_respect": Switch("e66d7a4f55f4", "v6.17", "folio_pte_batch() flags say what to respect and what to merge"),
     "vm_maybe_guard": Switch("ab04b530e7e8", "v6.19", "VM_MAYBE_GUARD marks guarded VMAs and makes fork copy them"),
+    "pmd_device_private": Switch("368076f52ebe", "v6.19", "PMDs map device-private memory"),
 }
 """Every on/off switch, oldest first."""
 
@@ -112,11 +118,13 @@ class KernelSemantics:
     copy_mc: bool
     special_pmd: bool
     guard_markers: bool
+    hugetlb_copy_vm_write: bool
     fpb_clamp: bool
     single_device_exclusive: bool
     mm_id: bool
     fpb_respect: bool
     vm_maybe_guard: bool
+    pmd_device_private: bool
     large_reuse: str
 
     def __post_init__(self) -> None:

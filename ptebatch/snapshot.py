@@ -20,6 +20,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -141,6 +142,10 @@ def save(mm: Mm, path: str | os.PathLike[str], *, bound: Iterable[str] = (), sou
         "has_pinned": bool(mm.has_pinned),
         "mm_id": int(mm.mm_id),
         "next_mm_id": int(mm.folios._next_mm_id),
+        "huge_zero": bool(mm.huge_zero),
+        "hugetlb_usage": int(mm.hugetlb_usage),
+        "zero_pfn": mm.folios.zero_pfn,
+        "huge_zero_pfn": mm.folios.huge_zero_pfn,
         "vma_names": [vma.name for vma in mm.vmas],
     }
     if mm.layout != _layout(document, ArgumentError):
@@ -307,7 +312,7 @@ def _no_constant(text: str) -> NoReturn:
     raise SnapshotError(f"metadata: {text} is no number a snapshot has")
 
 
-_DOCUMENT: dict[str, type[Any]] = {
+_DOCUMENT: dict[str, Any] = {
     "version": int,
     "layout": str,
     "mem_soft_dirty": bool,
@@ -318,6 +323,10 @@ _DOCUMENT: dict[str, type[Any]] = {
     "has_pinned": bool,
     "mm_id": int,
     "next_mm_id": int,
+    "huge_zero": bool,
+    "hugetlb_usage": int,
+    "zero_pfn": (int, NoneType),
+    "huge_zero_pfn": (int, NoneType),
     "vma_names": list,
 }
 
@@ -339,13 +348,17 @@ def _document(text: str | None) -> dict[str, Any]:
         _fail(f"metadata.{_shown(wrong)}", "missing" if wrong in _DOCUMENT else "unknown")
     for key, kind in _DOCUMENT.items():
         value: Any = document[key]
-        if type(value) is not kind:
-            _fail(f"metadata.{key}", f"must be of type {kind.__name__}, not {type(value).__name__}")
+        if type(value) not in (kind if isinstance(kind, tuple) else (kind,)):
+            name = kind.__name__ if isinstance(kind, type) else "int or null"
+            _fail(f"metadata.{key}", f"must be of type {name}, not {type(value).__name__}")
         for item in list(value) if kind is list else [value]:
             if kind in (list, str) and (not isinstance(item, str) or len(item) > MAX_TEXT):
                 _fail(f"metadata.{key}", f"must be text of up to {MAX_TEXT} characters")
     for key in ("mm_id", "next_mm_id"):
         if not 1 <= document[key] <= f.MAX_MM_ID + (key == "next_mm_id"):
+            _fail(f"metadata.{key}", f"{_shown(document[key])} is out of range")
+    for key, most in (("hugetlb_usage", 1 << 52), ("zero_pfn", f.MAX_PFN), ("huge_zero_pfn", f.MAX_PFN)):
+        if document[key] is not None and not 0 <= document[key] <= most:
             _fail(f"metadata.{key}", f"{_shown(document[key])} is out of range")
     if document["mm_id"] >= document["next_mm_id"]:
         _fail("metadata.next_mm_id", "must exceed every mm_id in use")
@@ -411,7 +424,10 @@ def _build(document: dict[str, Any], columns: dict[str, Array], size: int) -> Sn
         has_pinned=document["has_pinned"],
         mm_id=document["mm_id"],
         name=document["name"],
+        huge_zero=document["huge_zero"],
+        hugetlb_usage=document["hugetlb_usage"],
     )
+    folios.zero_pfn, folios.huge_zero_pfn = document["zero_pfn"], document["huge_zero_pfn"]
     try:
         mm.validate(entries=True)
     except PtebatchError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from hypothesis import strategies as st
 
 from ptebatch import arch
@@ -57,6 +58,24 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Leaf:
+    """A PMD leaf in the middle of a VMA of its own, which reaches 8 pages beyond it on either side (not hugetlb)."""
+
+    kind: str
+    vm_flags: int
+    bits: int
+    exclusive: bool
+    pinned: bool
+    uffd_event_fork: bool = False
+    swap_type: int = 0
+
+
+LEAF_VPN = 32 * L.ptrs_per_pte
+LEAF_PFN = 1 << 16
+HUGE_ZERO_PFN = 1 << 17
+
+
+@dataclass(frozen=True)
 class VmaSpec:
     start: int  # virtual page number
     nr: int
@@ -72,6 +91,7 @@ class Case:
     vmas: tuple[VmaSpec, ...]
     has_pinned: bool
     swap: tuple[tuple[int, int], ...] = field(default=())  # (offset in swap area 0, its count)
+    leaf: Leaf | None = None
 
 
 BASE = L.valid | L.user
@@ -177,6 +197,22 @@ def runs(draw: st.DrawFn, folios: tuple[FolioSpec, ...], room: int) -> Run:
 
 
 @st.composite
+def leaf_specs(draw: st.DrawFn) -> Leaf:
+    kinds = ("thp", "thp", "thp", "hugetlb", "hugetlb", "swap-type", "huge zero", "special", "file")
+    kind = draw(st.sampled_from(kinds))
+    flags = draw(st.sampled_from((PRIVATE, PRIVATE, PRIVATE & ~arch.VM_WRITE, SHARED)))
+    return Leaf(
+        kind,
+        flags | draw(st.sampled_from((0, 0, arch.VM_UFFD_WP, arch.VM_SOFTDIRTY))),
+        draw(COMMON_BITS),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.integers(FIRST_SPECIAL_TYPE, arch.SWP_PTE_MARKER)),
+    )
+
+
+@st.composite
 def cases(draw: st.DrawFn) -> Case:
     folios = tuple(draw(st.lists(folio_specs(), min_size=1, max_size=4)))
     vmas: list[VmaSpec] = []
@@ -202,7 +238,8 @@ def cases(draw: st.DrawFn) -> Case:
         start += nr
     counts = st.tuples(st.integers(0, 11), st.sampled_from((1, 1, 61, 62, 63, MAX_SWAP_COUNT)))
     swap = draw(st.just(()) | st.lists(counts, max_size=4, unique_by=lambda slot: slot[0]).map(tuple))
-    return Case(folios, tuple(vmas), draw(st.booleans()), swap)
+    leaf = draw(leaf_specs()) if draw(st.integers(0, 7)) == 7 else None
+    return Case(folios, tuple(vmas), draw(st.booleans()), swap, leaf)
 
 
 @st.composite
@@ -299,4 +336,53 @@ def build(case: Case, layout: PteLayout = X86_64) -> Mm:
                 folios.folio(heads[at]).set_mm_ids(((mm.mm_id, mapped), (0, 0)))
     for offset, count in case.swap:
         folios.swap.add([swap_key(0, offset)], count)
+    if case.leaf is not None:
+        add_leaf(mm, case.leaf)
     return mm
+
+
+def add_leaf(mm: Mm, leaf: Leaf) -> None:
+    """Add the VMA of a leaf and what it maps; entries beside it are swap entries and holes."""
+    layout, folios, nr = mm.layout, mm.folios, mm.layout.ptrs_per_pte
+    hugetlb = leaf.kind == "hugetlb"
+    beside = 0 if hugetlb else 8
+    ops = {"hugetlb": "hugetlb", "file": "file", "special": "special"}.get(leaf.kind)
+    first = LEAF_VPN - beside
+    mm.vmas.append(
+        Vma(
+            start=first << layout.page_shift,
+            end=(LEAF_VPN + nr + beside) << layout.page_shift,
+            vm_flags=leaf.vm_flags | (arch.VM_HUGETLB if hugetlb else arch.VM_PFNMAP if ops == "special" else 0),
+            vm_ops=ops,
+            uffd_event_fork=leaf.uffd_event_fork,
+        )
+    )
+    if beside:
+        mm.add_tables(first << layout.page_shift, LEAF_VPN << layout.page_shift)
+        mm.add_tables((LEAF_VPN + nr) << layout.page_shift, (LEAF_VPN + nr + beside) << layout.page_shift)
+        for vpn in (first, LEAF_VPN - 1, LEAF_VPN + nr, LEAF_VPN + nr + 5):
+            mm.set_pte(vpn << layout.page_shift, arch.swp_entry(layout, 0, vpn & 3) | layout.swp_exclusive)
+    anon = leaf.kind != "file" and not (hugetlb and leaf.vm_flags & arch.VM_SHARED)
+    folios.add(
+        LEAF_PFN,
+        9,
+        anon=anon,
+        hugetlb=hugetlb,
+        device=leaf.swap_type in (28, 29),
+        refcount=1 + leaf.pinned,
+        entire_mapcount=1,
+        large_mapcount=1,
+        anon_exclusive=[leaf.exclusive and anon] + [False] * (nr - 1),
+        pincount=int(leaf.pinned),
+    )
+    if not hugetlb:
+        folios.folio(LEAF_PFN).set_mm_ids(((mm.mm_id, 1), (0, 0)))
+    folios.huge_zero_pfn = HUGE_ZERO_PFN
+    pfn = HUGE_ZERO_PFN if leaf.kind == "huge zero" else LEAF_PFN
+    value = arch.mk_pte(layout, pfn, BASE | layout.huge | leaf.bits)
+    if leaf.kind == "special":
+        value = arch.pte_mkspecial(layout, value)
+    if leaf.kind == "swap-type":
+        value = arch.swp_entry(layout, leaf.swap_type, LEAF_PFN)
+    mm.pmd_vpns = np.array([LEAF_VPN], dtype=np.int64)
+    mm.pmd_entries = np.array([value], dtype=np.uint64)

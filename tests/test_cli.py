@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import ptebatch
-from ptebatch import bench, cli, live, snapshot, verify, workload
+from ptebatch import arch, bench, cli, live, snapshot, verify, workload
 from ptebatch.mm import STAT_FIELDS
 from ptebatch.semantics import PRESETS, SWITCHES
 from ptebatch.verify import QUANTITIES
@@ -441,13 +441,14 @@ def test_a_snapshot_of_another_layout(snapshot_file):
     assert "--set saved_dirty=on" in refused("fork", snapshot_file, "--set", "saved_dirty=off")
 
 
-def test_an_entry_that_is_not_modelled_says_what_to_do(tmp_path, monkeypatch):
+def test_an_entry_that_cannot_be_copied_says_where_it_is(tmp_path):
     mm = workload.make(size="1MiB")
-    mm.entries[0, 0] = 0xFFFFFFFFFFFFF600
-    path = tmp_path / "swapped.ptes"
+    mm.entries[0, 7] = arch.swp_entry(mm.layout, 25, 0xABC)  # under migration, but its page is not there
+    path = tmp_path / "migration.ptes"
     snapshot.save(mm, path)
-    message = refused("fork", path)
-    assert hex(mm.vmas[0].start) in message
+    message = refused("fork", path, "--semantics", "v6.18")
+    assert hex(mm.vmas[0].start + (7 << 12)) in message
+    assert "0xabc" in message
     assert "--swap" not in message
 
 

@@ -25,6 +25,10 @@ def state(mm: Mm, semantics) -> tuple:
         mm.entries.tolist(),
         mm.vpns.tolist(),
         mm.rss.tolist(),
+        mm.pmd_vpns.tolist(),
+        mm.pmd_entries.tolist(),
+        mm.huge_zero,
+        mm.hugetlb_usage,
         [(v.start, v.end, v.vm_flags, v.anon_vma) for v in mm.vmas],
         mm.has_pinned,
     )

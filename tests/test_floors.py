@@ -16,6 +16,7 @@ FLOORS = [
     {"swap"},
     {"folio"},
     {"mm"},
+    {"pmd"},
     {"checks"},
     {"batch", "reference"},
     {"zap", "protect"},

@@ -15,11 +15,13 @@ import pytest
 
 from ptebatch import arch, errors, mm, semantics
 from ptebatch.folio import FolioTable
+from ptebatch.fork import fork
 from ptebatch.mm import ForkContext, Vma
 
 GOLDEN = Path(__file__).parent / "golden"
 FUNCTIONS = (
     "folio_pte_batch", "set_ptes", "wrprotect_ptes", "copy_present_ptes", "copy_nonpresent_pte", "copy_pte_range",
+    "fork",
 )  # fmt: skip
 U64 = (1 << 64) - 1
 Vector = dict[str, Any]
@@ -124,6 +126,12 @@ def check_folios(vector: Vector, folios: FolioTable) -> None:
     before = memmap(vector)
     expected = vector["expect"].get("folios", {})
     heads = {int(pfn) for pfn in folios.heads()}
+    first, nr = vector["expect"].get("copies", ["0x0", 0])
+    copies = set(range(number(first), number(first) + nr))
+    for pfn in copies:
+        assert snapshot(folios, pfn) == [1, 1, 0, 0, (1, True, False)]
+    assert copies <= heads
+    heads -= copies
     assert heads == {int(pfn) for pfn in before.heads()} | {number(pfn) for pfn in expected}
     for pfn in heads - {number(pfn) for pfn in expected}:
         assert snapshot(folios, pfn) == snapshot(before, pfn)
@@ -132,7 +140,11 @@ def check_folios(vector: Vector, folios: FolioTable) -> None:
         assert folio.refcount == want["refcount"]
         if "large_mapcount" in want:
             assert folio.large_mapcount == want["large_mapcount"]
-        if "mm_ids" in want:
+        if "entire_mapcount" in want:
+            assert folio.entire_mapcount == want["entire_mapcount"]
+        if "dirty" in want:
+            assert folio.dirty == want["dirty"]
+        if folio.order and "mm_ids" in want:
             assert [list(slot) for slot in folio.mm_ids] == want["mm_ids"]
             assert folio.maybe_mapped_shared == want["shared"]
         pages = {
@@ -304,3 +316,69 @@ def test_copy_pte_range(impl, vector):
         return
     check_copy(vector, call(), dst, src, folios, rss)
     check_stats(vector, stats)
+
+
+def address_space(vector: Vector) -> mm.Mm:
+    folios = memmap(vector)
+    if "huge_zero_pfn" in vector:
+        folios.huge_zero_pfn = number(vector["huge_zero_pfn"])
+    tables = sorted(vector["tables"].items(), key=lambda item: number(item[0]))
+    space = mm.Mm(
+        layout(vector),
+        folios,
+        vmas=[
+            Vma(
+                number(spec["start"]),
+                number(spec["end"]),
+                vm_flags(spec["vm_flags"]),
+                anon_vma=spec.get("anon_vma", True),
+                vm_ops=spec.get("ops"),
+                uffd_event_fork=spec.get("uffd_event_fork", False),
+            )
+            for spec in vector["vmas"]
+        ],
+        vpns=np.array([number(addr) >> 12 for addr, _ in tables], dtype=np.int64),
+        entries=np.array([table(runs) for _, runs in tables], dtype=np.uint64).reshape(-1, 512),
+        pmd_vpns=np.array([number(addr) >> 12 for addr, _ in vector["pmds"]], dtype=np.int64),
+        pmd_entries=np.array([number(value) for _, value in vector["pmds"]], dtype=np.uint64),
+        has_pinned=vector["has_pinned"],
+    )
+    assert space.mm_id == 1
+    return space
+
+
+def same_pools(space: mm.Mm, tables: dict[str, Any], pmds: list[Any]) -> None:
+    assert [hex(vpn << 12) for vpn in space.vpns.tolist()] == sorted(tables, key=number)
+    for addr, row in zip(sorted(tables, key=number), space.entries, strict=True):
+        same_table(row, table(tables[addr]))
+    assert [
+        [hex(vpn << 12), f"{value:#018x}"]
+        for vpn, value in zip(space.pmd_vpns.tolist(), space.pmd_entries.tolist(), strict=True)
+    ] == pmds
+
+
+@vectors("fork")
+def test_fork(impl_name, vector):
+    space = address_space(vector)
+    if "error" in vector:
+        with pytest.raises(getattr(errors, vector["error"])):
+            fork(space, semantics=kernel(vector), impl=impl_name)
+        same_pools(space, vector["tables"], vector["pmds"])
+        check_folios({**vector, "expect": {}}, space.folios)
+        return
+    expect = vector["expect"]
+    result = fork(space, semantics=kernel(vector), impl=impl_name)
+    child = result.child
+    same_pools(space, expect.get("tables", vector["tables"]), expect.get("pmds", vector["pmds"]))
+    same_pools(child, expect.get("child_tables", {}), expect.get("child_pmds", []))
+    check_folios(vector, space.folios)
+    assert child.rss.tolist() == expect["rss"]
+    assert (child.huge_zero, child.hugetlb_usage) == (expect.get("huge_zero", False), expect.get("hugetlb_usage", 0))
+    vmas = expect.get("child_vmas", [[spec["start"], spec["end"], spec["vm_flags"]] for spec in vector["vmas"]])
+    assert [(vma.start, vma.end, vma.vm_flags) for vma in child.vmas] == [
+        (number(start), number(end), vm_flags(flags)) for start, end, flags in vmas
+    ]
+    slots = expect.get("swap", vector["swap"])
+    assert [space.folios.swap.count(swap_type, offset) for swap_type, offset, _ in slots] == [n for *_, n in slots]
+    stats = result.stats.to_dict()
+    assert {name: stats[name] for name in expect.get("stats", {})} == expect.get("stats", {})

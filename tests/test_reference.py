@@ -310,24 +310,28 @@ def test_types_beyond_five_bits_are_refused(impl):
         impl.copy_page_range(ctx, child_of(parent), parent, mm.new_stats(layout))
 
 
-def test_hugetlb_mappings_are_refused(impl):
-    vma = Vma(TABLE, 2 * TABLE, COW | arch.VM_HUGETLB, vm_ops="hugetlb")
-    parent = space(vma)
-    with pytest.raises(UnsupportedEntryError, match="hugetlb"):
-        impl.check_range(parent, [vma], pfn_without_page="error")
-    with pytest.raises(UnsupportedEntryError, match="hugetlb"):
-        impl.copy_page_range(make_ctx(parent.folios, vma=vma), child_of(parent), parent, mm.new_stats(L))
-
-
-def test_pmd_leaves_are_refused(impl):
-    vma = Vma(TABLE, 3 * TABLE, COW)
-    folios = FolioTable()
+def test_copy_page_range_keeps_away_from_leaves(impl):
+    vma = Vma(TABLE, 4 * TABLE, COW)
     leaf = {"pmd_vpns": np.array([PTRS * 2], dtype=np.int64), "pmd_entries": np.array([0x2000E7], dtype=np.uint64)}
-    parent = Mm(L, folios, vmas=[vma], **leaf)
-    with pytest.raises(UnsupportedEntryError) as caught:
-        impl.check_range(parent, [vma], pfn_without_page="error")
-    assert caught.value.address == 2 * TABLE
-    impl.check_range(parent, [Vma(TABLE, 2 * TABLE, COW)], pfn_without_page="error")
+    parent = Mm(L, FolioTable(), vmas=[vma], **leaf)
+    ctx, child, stats = make_ctx(parent.folios, vma=vma), child_of(parent), mm.new_stats(L)
+    for start, end in ((None, None), (2 * TABLE, None), (None, 3 * TABLE), (3 * TABLE - 4096, None)):
+        with pytest.raises(ArgumentError, match=hex(2 * TABLE)):
+            impl.copy_page_range(ctx, child, parent, stats, start, end)
+    impl.check_range(parent, [vma])
+
+
+def test_copy_page_range_copies_a_part(impl):
+    vma = Vma(TABLE, 3 * TABLE, COW)
+    parent = space(vma)
+    fill(parent, TABLE, [pte(HEAD + k) for k in range(4)])
+    child = child_of(parent)
+    ctx, stats = make_ctx(parent.folios, vma=vma), mm.new_stats(L)
+    assert impl.copy_page_range(ctx, child, parent, stats, TABLE + (1 << 12), TABLE + (3 << 12)) == 0
+    assert np.flatnonzero(child.entries[0]).tolist() == [1, 2]
+    for start, end in ((0, None), (TABLE, 4 * TABLE), (2 * TABLE, TABLE), (TABLE + 1, None), ("x", None)):
+        with pytest.raises(ArgumentError):
+            impl.copy_page_range(ctx, child, parent, stats, start, end)
 
 
 # --- write-protection -------------------------------------------------------------------------------------------------

@@ -22,12 +22,12 @@ NEW = {
     "v6.11": set(),
     "v6.12": {"copy_mc", "special_pmd"},
     "v6.13": {"guard_markers"},
-    "v6.14": set(),
+    "v6.14": {"hugetlb_copy_vm_write"},
     "v6.15": {"fpb_clamp", "mm_id", "single_device_exclusive"},
     "v6.16": set(),
     "v6.17": {"fpb_respect"},
     "v6.18": set(),
-    "v6.19": {"vm_maybe_guard"},
+    "v6.19": {"vm_maybe_guard", "pmd_device_private"},
 }
 REUSE = dict.fromkeys(NEW, "never") | dict.fromkeys(("v6.6", "v6.7", "v6.8"), "refcount")
 REUSE |= dict.fromkeys(("v6.15", "v6.16", "v6.17", "v6.18", "v6.19"), "mm_id")

@@ -76,7 +76,6 @@ _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED, _PAGE_IS_PFNZERO, _PAGE_IS_HUGE = 8, 16, 32, 64
 
 _PSE = 1 << 7
-REAL_SWAP_TYPES = 23  # with every special type configured, these are left for swap files
 _MERGE_VPNS = 512  # pagemap: reading up to a page table of holes costs less than another call
 _MERGE_PFNS = 12  # kpageflags takes 0.1 us per page and 1.2 us per call
 _CHUNK = 1 << 20  # entries per read

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+import select
 import signal
 import stat
 import struct
@@ -306,6 +307,9 @@ class Process:
     pid: int
     """Its process id."""
 
+    patience = 20.0
+    """Seconds to wait for an answer: a page that is not what it is thought to be may keep it waiting for ever."""
+
     pipes: list[tuple[int, int, int, int]]
     """For children to come: where they read calls and write answers (their numbers), and the other ends (ours)."""
 
@@ -329,6 +333,8 @@ class Process:
 
     def answer(self) -> Any:
         """What it says of the oldest call not answered yet."""
+        if not select.select([self._answers], [], [], self.patience)[0]:
+            raise StateError(f"subject process {self.pid} has not answered within {self.patience:g} s")
         line = self._answers.readline()
         if not line:
             raise ProcessGoneError(f"subject process {self.pid} has ended{self._status()}")

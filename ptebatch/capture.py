@@ -908,7 +908,7 @@ class _Builder:
         word[normal] = words[at]
         entries = self._ptes(word)
         mm = Mm(
-            self.layout, folios, vmas=self._vmas(), **self._tables(entries), rss=self._rss(normal, word), mm_id=1,
+            self.layout, folios, vmas=self._vmas(word), **self._tables(entries), rss=self._rss(normal, word), mm_id=1,
             name=f"{self.reader.comm}[{self.reader.pid}]",
         )  # fmt: skip
         folios.swap.add(swap_keys(self.layout, mm.entries.reshape(-1), self.semantics))
@@ -1124,12 +1124,16 @@ class _Builder:
 
     # --- areas --------------------------------------------------------------------------------------------------------
 
-    def _vmas(self) -> list[Vma]:
-        guard = self.entries.value & np.uint64(PM_GUARD) != 0
-        guarded = np.bincount(self._of_area(range(len(self.areas)), np.int64)[guard], minlength=len(self.areas))
+    def _vmas(self, word: U64) -> list[Vma]:
+        number = self._of_area(range(len(self.areas)), np.int64)
+        guarded, anon = (
+            np.bincount(number[which], minlength=len(self.areas)).tolist()
+            for which in (self.entries.value & np.uint64(PM_GUARD) != 0, _bit(word, f.ANON_BIT))
+        )
         vmas = []
-        for area, guards in zip(self.areas, guarded.tolist(), strict=True):
-            has_anon = area.fields.get("Anonymous", 0) > 0 or area.fields.get("Swap", 0) > 0
+        for area, guards, anons in zip(self.areas, guarded, anon, strict=True):
+            # smaps has neither of the first two for hugetlb.
+            has_anon = area.fields.get("Anonymous", 0) > 0 or area.fields.get("Swap", 0) > 0 or anons > 0
             # Before VM_MAYBE_GUARD, installing a guard prepared an anon_vma.
             has_anon |= guards > 0 and not self.semantics.vm_maybe_guard
             vmas.append(

@@ -609,6 +609,8 @@ class _KPages:
     @staticmethod
     def _read(fd: int, pfns: I64) -> tuple[I64, U64]:
         """Values of ascending PFNs and of those in short gaps between them; 0 beyond the end of memory."""
+        if not len(pfns):
+            return pfns, np.zeros(0, dtype=np.uint64)
         first = np.flatnonzero(np.r_[True, np.diff(pfns) > _MERGE_PFNS])
         starts, ends = pfns[first], pfns[np.r_[first[1:], len(pfns)] - 1] + 1
         values = np.zeros(int((ends - starts).sum()), dtype=np.uint64)

@@ -558,8 +558,9 @@ def knob(root: None) -> str:
 
 
 HOLDING = f"""
-import time
+import signal, time
 from ptebatch import live
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs these tests may ignore it
 with live.Settings(live.mthp(65536)):
     say(live.current({KNOB!r}))
     time.sleep(100)

@@ -8,6 +8,8 @@ I32 = npt.NDArray[np.int32]
 LAYOUT_FIELDS: tuple[str, ...]
 RULE_FIELDS: tuple[str, ...]
 STAT_FIELDS: tuple[str, ...]
+ZAP_RULE_FIELDS: tuple[str, ...]
+ZAP_STAT_FIELDS: tuple[str, ...]
 HELPERS: tuple[str, ...]
 MEMMAP_CONSTANTS: dict[str, int]
 SWAP_CONSTANTS: dict[str, int]
@@ -113,4 +115,24 @@ def py_wrprotect_range(
     sub: I32,
     stats: I64,
 ) -> tuple[int, int]: ...
+def py_clear_full_ptes(table: U64, idx: int, nr: int, layout: U64) -> int: ...
+def py_zap_range(
+    table: U64,
+    vpns: I64,
+    first_row: int,
+    nr_rows: int,
+    start: int,
+    end: int,
+    once: bool,
+    layout: U64,
+    rules: U64,
+    words: U64,
+    aux: U64,
+    top: I32,
+    sub: I32,
+    slots: U64,
+    counts: I64,
+    rss: I64,
+    stats: I64,
+) -> tuple[int, int, int, int | None]: ...
 def py_apply_helper(helper: int, values: U64, arg: int, out: U64, layout: U64) -> None: ...

@@ -20,7 +20,7 @@ Order of this file: constants and structs, scalar helpers, loops, entries.
 """
 from libc.errno cimport EAGAIN, EBUSY, EIO, ENOENT, ENOMEM
 from libc.stdint cimport int32_t, int64_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 cdef extern from "<errno.h>" nogil:
     int EHWPOISON
@@ -74,6 +74,8 @@ cdef enum:
     SWP_TYPES = 32
     SWP_PTE_MARKER = 31
     PTE_MARKER_UFFD_WP = 1
+    PTE_MARKER_POISONED = 2
+    PTE_MARKER_GUARD = 4
     KEY_TYPE_SHIFT_ = 56
     SWAP_MAP_MAX_ = 62
     MAX_SWAP_COUNT_ = 0x7fffffff
@@ -101,6 +103,7 @@ cdef enum:
     E_SWAP_SLOT = -1006     # a swap slot that the swap map does not have yet
     E_SWAP_FULL = -1007     # a swap slot whose count reached its limit
     E_NOT_DEVICE = -1008    # a device-private entry of ordinary memory
+    E_UNMAPPED = -1009      # more would be unmapped than is counted as mapped
 
 ctypedef struct pte_layout:
     uint64_t kind
@@ -188,6 +191,40 @@ STAT_FIELDS = ("vmas_copied", "vmas_skipped", "tables_allocated", "ptes_none", "
                "device_exclusive_entries", "hwpoison_entries", "pte_markers", "pmds_copied", "pmds_split",
                "tables_deposited", "hugetlb_entries", "hugetlb_copied")
 
+ctypedef struct zap_rules:
+    uint64_t batching            # zap_present_ptes may batch
+    uint64_t fpb_clamp
+    uint64_t large_mapcount
+    uint64_t mm_id               # MM-ID slots are maintained
+    uint64_t page_mapcount       # per-page mapcount of large folios is maintained
+    uint64_t zap_mm_id           # of the mm that is unmapped from
+    uint64_t even_cows           # pages of private anonymous memory go too
+    uint64_t drop_markers        # PTE markers go too
+    uint64_t vma_anonymous       # vma_is_anonymous(vma)
+    uint64_t uffd_wp             # userfaultfd_wp(vma) and markers are to be left behind
+    uint64_t uffd_wp_marker      # that marker
+    uint64_t recency             # vma_has_recency(vma)
+    uint64_t as_kernel           # a PFN without a page is vm_normal_page() == NULL, not an error
+    uint64_t guard_markers
+    uint64_t swp_kinds           # kind of swap types 0..15, four bits each
+    uint64_t swp_kinds_high      # of types 16..31
+    uint64_t single_device_exclusive
+
+ZAP_RULE_FIELDS = ("batching", "fpb_clamp", "large_mapcount", "mm_id", "page_mapcount", "zap_mm_id", "even_cows",
+                   "drop_markers", "vma_anonymous", "uffd_wp", "uffd_wp_marker", "recency", "as_kernel",
+                   "guard_markers", "swp_kinds", "swp_kinds_high", "single_device_exclusive")
+
+# Counters of a zap; the batch histogram follows as well.
+cdef enum:
+    Z_PTES_NONE, Z_PTES_PRESENT, Z_PTES_SINGLE, Z_PTES_BATCHED, Z_BATCHES, Z_PTES_SKIPPED, Z_SPECIAL_PTES, Z_PTEP_GET,
+    Z_CLEAR_PTES, Z_RMAP_REMOVE, Z_FOLIO_PUT, Z_FOLIOS_FREED, Z_FOLIO_MARK_DIRTY, Z_FOLIO_MARK_ACCESSED,
+    Z_UFFD_WP_MARKERS, Z_SWAP, Z_MIGRATION, Z_DEVICE_PRIVATE, Z_DEVICE_EXCLUSIVE, Z_HWPOISON, Z_PTE_MARKERS, N_ZAP_STATS
+
+ZAP_STAT_FIELDS = ("ptes_none", "ptes_present", "ptes_single", "ptes_batched", "batches", "ptes_skipped",
+                   "special_ptes", "ptep_get", "clear_ptes", "rmap_remove", "folio_put", "folios_freed",
+                   "folio_mark_dirty", "folio_mark_accessed", "uffd_wp_markers", "swap_entries", "migration_entries",
+                   "device_private_entries", "device_exclusive_entries", "hwpoison_entries", "pte_markers")
+
 MEMMAP_CONSTANTS = {
     "MAPCOUNT_BITS": MAPCOUNT_BITS_, "COUNTER_SHIFT": COUNTER_SHIFT_, "COUNTER_BITS": COUNTER_BITS_,
     "ORDER_SHIFT": ORDER_SHIFT_, "ORDER_BITS": ORDER_BITS_, "DEVICE_BIT": DEVICE_BIT_, "AE_BIT": AE_BIT_,
@@ -199,7 +236,7 @@ MEMMAP_CONSTANTS = {
 }
 RESULTS = {"E_NO_PAGE": E_NO_PAGE, "E_OVERFLOW": E_OVERFLOW, "E_UNSUPPORTED": E_UNSUPPORTED,
            "E_PREALLOC": E_PREALLOC, "E_GEOMETRY": E_GEOMETRY, "E_SWAP_SLOT": E_SWAP_SLOT,
-           "E_SWAP_FULL": E_SWAP_FULL, "E_NOT_DEVICE": E_NOT_DEVICE}
+           "E_SWAP_FULL": E_SWAP_FULL, "E_NOT_DEVICE": E_NOT_DEVICE, "E_UNMAPPED": E_UNMAPPED}
 
 ctypedef struct memmap:
     uint64_t *words
@@ -234,6 +271,14 @@ ctypedef struct walk:
     int64_t allocations  # that may still be made before one fails
     bint large           # the last page met is of a large folio whose MM-ID slots are kept
     uint64_t mapcounts   # OR of the mapcounts met in large folios
+
+ctypedef struct zap_walk:
+    uint64_t fail_pfn
+    uint64_t lowest_freed  # PFN, NO_PFN if no folio was freed
+    int32_t *sub           # memmap.sub, to be written
+    int64_t *stats
+    int64_t *rss
+    bint large             # as in walk
 
 cdef uint64_t NO_PFN = ~<uint64_t>0
 
@@ -388,8 +433,8 @@ cdef inline int rss_counter(uint64_t w) noexcept nogil:
 # Loops
 # ---------------------------------------------------------------------------------------------------------------------
 
-cdef inline int32_t section_entry(const memmap *M, uint64_t pfn) noexcept nogil:
-    """`section << 1 | full` for a PFN, or -1. Every step is bounds-checked: the PFN comes out of a page table."""
+cdef inline Py_ssize_t sub_index(const memmap *M, uint64_t pfn) noexcept nogil:
+    """Where `sub` has the section of a PFN, or -1. Every step is bounds-checked: the PFN comes out of a page table."""
     cdef uint64_t block = pfn >> TOP_SHIFT_
     cdef Py_ssize_t at
     cdef int32_t entry
@@ -400,7 +445,13 @@ cdef inline int32_t section_entry(const memmap *M, uint64_t pfn) noexcept nogil:
         return -1
     at = (<Py_ssize_t>entry << (TOP_SHIFT_ - SECTION_SHIFT_)) + <Py_ssize_t>(
         pfn >> SECTION_SHIFT_ & ((ONE << (TOP_SHIFT_ - SECTION_SHIFT_)) - 1))
-    return M.sub[at] if at < M.nr_sub else -1
+    return at if at < M.nr_sub else -1
+
+
+cdef inline int32_t section_entry(const memmap *M, uint64_t pfn) noexcept nogil:
+    """`section << 1 | full` for a PFN, or -1."""
+    cdef Py_ssize_t at = sub_index(M, pfn)
+    return M.sub[at] if at >= 0 else -1
 
 
 cdef inline Py_ssize_t page_index(const memmap *M, uint64_t pfn) noexcept nogil:
@@ -976,6 +1027,280 @@ cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, P
     return 0
 
 
+# --- zap: clearing entries and giving back what they counted ---------------------------------------------------------
+
+cdef inline Py_ssize_t clear_full_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, Py_ssize_t nr,
+                                       const pte_layout *L) except -1 nogil:
+    cdef Py_ssize_t k
+    for k in range(idx, idx + nr):
+        table[row, k] = L.none_value
+    return 0
+
+
+cdef inline Py_ssize_t get_and_clear_full_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, Py_ssize_t nr,
+                                               const pte_layout *L, uint64_t *first) except -1 nogil:
+    """As clear_full_ptes; first[0] is entry 0 with the dirty and young state of all of them."""
+    cdef uint64_t pte = table[row, idx], cur
+    cdef bint dirty = False, young = False
+    cdef Py_ssize_t k
+    for k in range(idx + 1, idx + nr):
+        cur = table[row, k]
+        dirty = dirty or pte_dirty(L, cur)
+        young = young or pte_young(L, cur)
+    clear_full_ptes(table, row, idx, nr, L)
+    if dirty:
+        pte = pte_mkdirty(L, pte)
+    if young:
+        pte |= L.young
+    first[0] = pte
+    return 0
+
+
+cdef inline Py_ssize_t leave_uffd_wp_markers(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, Py_ssize_t nr,
+                                             const zap_rules *R, zap_walk *W) except -1 nogil:
+    """Markers where the entries of a file mapping were uffd-wp (zap_install_uffd_wp_if_needed)."""
+    cdef Py_ssize_t k
+    for k in range(idx, idx + nr):
+        table[row, k] = R.uffd_wp_marker
+    W.stats[Z_UFFD_WP_MARKERS] += nr
+    return 0
+
+
+cdef inline void folio_sub_mm_mapping(const memmap *M, Py_ssize_t head, uint64_t mm, uint64_t nr,
+                                      uint64_t total) noexcept nogil:
+    """MM-ID slots of a large folio when `mm` takes nr mappings away; total is the large mapcount afterwards (v6.15)."""
+    cdef uint64_t id_mask = ((ONE << AUX_ID_BITS_) - 1) << AUX_COUNT_BITS_
+    cdef uint64_t count_mask = (ONE << AUX_COUNT_BITS_) - 1
+    cdef uint64_t mine = mm << AUX_COUNT_BITS_
+    cdef uint64_t *slot = M.aux + head
+    cdef Py_ssize_t k
+    for k in range(2):
+        if slot[k] & id_mask == mine:
+            if slot[k] & count_mask > nr:
+                slot[k] -= nr
+                return
+            slot[k] &= ~(id_mask | count_mask)
+            break
+    # One slot has every mapping that is left (an empty one: none is left).
+    if slot[0] & count_mask == total or slot[1] & count_mask == total:
+        slot[0] &= ~(ONE << AUX_SHARED_BIT_)
+
+
+cdef inline Py_ssize_t folio_remove_rmap_ptes(const memmap *M, Py_ssize_t page, Py_ssize_t head, Py_ssize_t nr,
+                                              const zap_rules *R) noexcept nogil:
+    """nr pages of one folio are mapped once less each: 0, or E_UNMAPPED and nothing changed."""
+    cdef uint64_t *words = M.words
+    cdef uint64_t w = words[page]
+    cdef bint large = word_order(w) != 0
+    cdef bint counted = not large or R.page_mapcount
+    cdef Py_ssize_t k
+    if large and R.large_mapcount and word_counter(words[head + 1]) < <uint64_t>nr:
+        return E_UNMAPPED
+    if counted:
+        for k in range(page, page + nr):
+            if not word_mapcount(words[k]):
+                return E_UNMAPPED
+        for k in range(page, page + nr):
+            words[k] -= 1
+    if large and R.large_mapcount:
+        words[head + 1] -= <uint64_t>nr << COUNTER_SHIFT_
+        if R.mm_id and not w >> HUGETLB_BIT_ & 1:
+            folio_sub_mm_mapping(M, head, R.zap_mm_id, nr, word_counter(words[head + 1]))
+    return 0
+
+
+cdef inline void folio_put_refs(const memmap *M, Py_ssize_t head, uint64_t head_pfn, Py_ssize_t nr,
+                                zap_walk *W) noexcept nogil:
+    """Drop nr references, which the folio has; without any left it is freed."""
+    cdef uint64_t w = M.words[head] - (<uint64_t>nr << COUNTER_SHIFT_)
+    cdef Py_ssize_t nr_pages = <Py_ssize_t>1 << word_order(w), k = 0, at
+    W.stats[Z_FOLIO_PUT] += 1
+    M.words[head] = w
+    # free_pages_prepare(): a poisoned page is never handed out again.
+    if word_counter(w) or (nr_pages == 1 and w >> HWPOISON_BIT_ & 1):
+        return
+    memset(M.words + head, 0, nr_pages * sizeof(uint64_t))
+    memset(M.aux + head, 0, nr_pages * sizeof(uint64_t))
+    while k < nr_pages:
+        at = sub_index(M, head_pfn + <uint64_t>k)
+        if at >= 0:
+            W.sub[at] &= ~1  # no longer full
+        k += 1 << SECTION_SHIFT_
+    W.stats[Z_FOLIOS_FREED] += 1
+    if head_pfn < W.lowest_freed:
+        W.lowest_freed = head_pfn
+
+
+cdef inline Py_ssize_t unmap_pages(const memmap *M, Py_ssize_t page, Py_ssize_t head, uint64_t pfn, Py_ssize_t nr,
+                                   bint rmap, const zap_rules *R, zap_walk *W) noexcept nogil:
+    """Take away nr mappings (unless they were not counted) of a folio that has nr references to drop afterwards: 0, or
+    E_UNMAPPED and nothing changed."""
+    cdef Py_ssize_t ret
+    W.fail_pfn = pfn
+    if word_counter(M.words[head]) < <uint64_t>nr:
+        return E_UNMAPPED
+    if rmap:
+        ret = folio_remove_rmap_ptes(M, page, head, nr, R)
+        if ret:
+            return ret
+        W.stats[Z_RMAP_REMOVE] += 1
+    return 0
+
+
+cdef inline Py_ssize_t zap_present_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, uint64_t pte,
+                                        Py_ssize_t max_nr, const pte_layout *L, const zap_rules *R, const memmap *M,
+                                        batch_scan *B, zap_walk *W) except -1 nogil:
+    """Unmap one present entry or one batch. Returns nr or an E_ code; after one, nothing has changed."""
+    cdef Py_ssize_t nr = 1, page = -1, head, ret
+    cdef uint64_t pfn = pte_pfn(L, pte), w = 0, old = 0
+    cdef bint normal = False
+    if not pte & L.special:
+        page = page_index(M, pfn)
+        w = M.words[page] if page >= 0 else 0
+        normal = w >> VALID_BIT_ & 1
+        if not normal and not R.as_kernel:
+            W.fail_pfn = pfn
+            return E_NO_PAGE
+    if not normal:
+        clear_full_ptes(table, row, idx, 1, L)
+        W.stats[Z_SPECIAL_PTES] += 1
+    else:
+        if w >> ANON_BIT_ & 1 and not R.even_cows:
+            W.stats[Z_PTES_SKIPPED] += 1
+            return 1
+        head = folio_head(M, page, pfn, w)
+        if head < 0:
+            W.fail_pfn = pfn
+            return E_GEOMETRY
+        if word_order(w) and max_nr != 1:
+            B.folio_end = head + (<Py_ssize_t>1 << word_order(w)) - page
+            B.reads = 0
+            nr = folio_pte_batch(table, row, idx, pte, max_nr, L, B)
+            W.stats[Z_PTEP_GET] += B.reads
+        W.large = word_order(w) != 0
+        ret = unmap_pages(M, page, head, pfn, nr, True, R, W)
+        if ret:
+            return ret
+        W.rss[rss_counter(w)] -= nr
+        if w >> ANON_BIT_ & 1:
+            clear_full_ptes(table, row, idx, nr, L)
+        else:
+            get_and_clear_full_ptes(table, row, idx, nr, L, &old)
+            if pte_dirty(L, old):
+                W.stats[Z_FOLIO_MARK_DIRTY] += 1
+                M.aux[head] |= ONE << AUX_DIRTY_BIT_
+            if pte_young(L, old) and R.recency:
+                W.stats[Z_FOLIO_MARK_ACCESSED] += 1
+        folio_put_refs(M, head, pfn - <uint64_t>(page - head), nr, W)
+    W.stats[Z_CLEAR_PTES] += 1
+    W.stats[N_ZAP_STATS + nr] += 1
+    if R.uffd_wp and pte & L.uffd_wp:
+        leave_uffd_wp_markers(table, row, idx, nr, R, W)
+    return nr
+
+
+cdef Py_ssize_t zap_nonpresent_pte(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, uint64_t pte,
+                                   const pte_layout *L, const zap_rules *R, const memmap *M, swap_map *S,
+                                   zap_walk *W) except -1 nogil:
+    """Take away one entry that is neither present nor none: 1, or an E_ code and nothing has changed."""
+    cdef uint64_t type = swp_type(L, pte), marker = 0, pfn, w
+    cdef Py_ssize_t page, head, at, ret
+    cdef int kind
+    cdef bint skip = False, rmap
+    if type >= SWP_TYPES:
+        return E_UNSUPPORTED
+    kind = swp_kind(R.swp_kinds, R.swp_kinds_high, type)
+    if kind == SWP_MARKER:
+        marker = swp_offset(L, pte)
+        if marker & PTE_MARKER_UFFD_WP:
+            skip = not R.vma_anonymous and not R.drop_markers
+        elif marker & PTE_MARKER_GUARD and R.guard_markers:
+            skip = not R.drop_markers
+        elif marker & PTE_MARKER_POISONED:
+            skip = not R.even_cows
+        W.stats[Z_PTE_MARKERS] += not skip
+    elif kind == SWP_HWPOISON:
+        skip = not R.even_cows
+        W.stats[Z_HWPOISON] += not skip
+    elif kind == SWP_SWAP:
+        skip = not R.even_cows
+        if not skip:
+            at = swap_slot(S, type << KEY_TYPE_SHIFT_ | swp_offset(L, pte))
+            if at < 0 or S.counts[at] < 1:
+                return E_SWAP_SLOT
+            S.counts[at] -= 1
+            W.rss[2] -= 1
+            W.stats[Z_SWAP] += 1
+    else:
+        pfn = swp_pfn(L, pte)
+        W.fail_pfn = pfn
+        page = page_index(M, pfn)
+        w = M.words[page] if page >= 0 else 0
+        if not w >> VALID_BIT_:
+            return E_NO_PAGE
+        head = folio_head(M, page, pfn, w)
+        if head < 0:
+            return head
+        skip = w >> ANON_BIT_ & 1 and not R.even_cows
+        if not skip and kind > SWP_MIGRATION_WRITE:
+            rmap = kind <= SWP_DEVICE_READ or R.single_device_exclusive
+            if kind <= SWP_DEVICE_READ and not w >> DEVICE_BIT_ & 1:
+                return E_NOT_DEVICE
+            ret = unmap_pages(M, page, head, pfn, 1, rmap, R, W)
+            if ret:
+                return ret
+            folio_put_refs(M, head, pfn - <uint64_t>(page - head), 1, W)
+        if not skip:
+            W.rss[rss_counter(w)] -= 1
+            W.stats[Z_MIGRATION if kind <= SWP_MIGRATION_WRITE else
+                    Z_DEVICE_PRIVATE if kind <= SWP_DEVICE_READ else Z_DEVICE_EXCLUSIVE] += 1
+    if skip:
+        W.stats[Z_PTES_SKIPPED] += 1
+        return 1
+    clear_full_ptes(table, row, idx, 1, L)
+    if R.uffd_wp and (marker & PTE_MARKER_UFFD_WP if kind == SWP_MARKER else pte & L.swp_uffd_wp):
+        leave_uffd_wp_markers(table, row, idx, 1, R, W)
+    return 1
+
+
+cdef inline Py_ssize_t zap_pte_range(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t *at, Py_ssize_t end,
+                                     const pte_layout *L, const zap_rules *R, const memmap *M, swap_map *S,
+                                     batch_scan *B, zap_walk *W) except -1 nogil:
+    """Slots at[0]..end of one table; at[0] follows the walk."""
+    cdef Py_ssize_t idx = at[0], ret, ahead = at[0], until
+    cdef uint64_t pte
+    while idx < end:
+        until = idx + PREFETCH_AHEAD if idx + PREFETCH_AHEAD < end else end
+        if ahead < until:
+            ahead = prefetch_pages(table, row, ahead if ahead > idx else idx, until, L, M, W.large)
+        pte = table[row, idx]
+        W.stats[Z_PTEP_GET] += 1
+        if pte_none(L, pte):
+            W.stats[Z_PTES_NONE] += 1
+            idx += 1
+            continue
+        at[0] = idx
+        if pte_present(L, pte):
+            ret = zap_present_ptes(table, row, idx, pte, end - idx if R.batching else 1, L, R, M, B, W)
+        else:
+            ret = zap_nonpresent_pte(table, row, idx, pte, L, R, M, S, W)
+        if ret < 0:
+            return ret
+        idx += ret
+    at[0] = idx
+    return 0
+
+
+cdef inline void derive_zap_stats(int64_t *stats, Py_ssize_t nr_hist) noexcept nogil:
+    cdef Py_ssize_t nr
+    stats[Z_PTES_SINGLE] = stats[Z_BATCHES] = stats[N_ZAP_STATS + 1]
+    stats[Z_PTES_BATCHED] = 0
+    for nr in range(2, nr_hist):
+        stats[Z_PTES_BATCHED] += nr * stats[N_ZAP_STATS + nr]
+        stats[Z_BATCHES] += stats[N_ZAP_STATS + nr]
+    stats[Z_PTES_PRESENT] = stats[Z_PTES_SINGLE] + stats[Z_PTES_BATCHED]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Entries. ptebatch.batch is the only caller and has checked dtypes, shapes, ranges and overlap.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1248,6 +1573,73 @@ def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns 
         derive_stats(&stats[0], slots + 1)
         stats[S_SET_PTES] = stats[S_FOLIO_REF_ADD] = stats[S_RMAP_DUP] = 0
     return ret, where
+
+
+cdef zap_rules read_zap_rules(const uint64_t[::1] values) except *:
+    cdef zap_rules R
+    if values.shape[0] * sizeof(uint64_t) != sizeof(R):
+        raise ValueError(f"{values.shape[0]} rule fields given, {sizeof(R) // 8} expected")
+    memcpy(&R, &values[0], sizeof(R))
+    return R
+
+
+def py_clear_full_ptes(uint64_t[:, ::1] table not None, Py_ssize_t idx, Py_ssize_t nr,
+                       const uint64_t[::1] layout not None):
+    """The value get_and_clear_full_ptes() returns."""
+    cdef pte_layout L = read_layout(layout)
+    cdef uint64_t old = 0
+    if idx < 0 or nr < 1 or idx + nr > table.shape[1]:
+        raise ValueError("index out of range")
+    with nogil:
+        get_and_clear_full_ptes(table, 0, idx, nr, &L, &old)
+    return old
+
+
+def py_zap_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns not None, Py_ssize_t first_row,
+                 Py_ssize_t nr_rows, int64_t start, int64_t end, bint once, const uint64_t[::1] layout not None,
+                 const uint64_t[::1] rules not None, uint64_t[::1] words not None, uint64_t[::1] aux not None,
+                 const int32_t[::1] top not None, int32_t[::1] sub not None, const uint64_t[::1] slots not None,
+                 int64_t[::1] counts not None, int64_t[::1] rss not None, int64_t[::1] stats not None):
+    """Unmap virtual pages start..end; `once`: only the present entry at start and what forms a batch with it.
+
+    Returns (0, nr if `once`, or an E_ code; virtual page number; failing PFN; lowest freed PFN or None).
+    """
+    cdef pte_layout L = read_layout(layout)
+    cdef zap_rules R = read_zap_rules(rules)
+    cdef batch_scan B
+    cdef zap_walk W
+    cdef swap_map S
+    cdef Py_ssize_t ret = 0, row, at = 0, stop, nr_slots = table.shape[1]
+    cdef memmap M = view_memmap(words, aux, top, sub)
+    cdef int64_t where = start
+    if (first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]
+            or rss.shape[0] != 4 or stats.shape[0] != N_ZAP_STATS + nr_slots + 1 or counts.shape[0] != slots.shape[0]):
+        raise ValueError("rows out of range")
+    S.nr = slots.shape[0]
+    S.next = 0
+    S.slots = &slots[0] if S.nr else NULL
+    S.counts = &counts[0] if S.nr else NULL
+    W.fail_pfn = W.lowest_freed = NO_PFN
+    W.sub = &sub[0] if M.nr_sub else NULL
+    W.stats = &stats[0]
+    W.rss = &rss[0]
+    W.large = False
+    with nogil:
+        scan_rules(&L, &B, False, False, False)
+        B.clamp = R.fpb_clamp != 0
+        for row in range(first_row, first_row + nr_rows):
+            at = start - vpns[row] if start > vpns[row] else 0
+            stop = end - vpns[row] if end - vpns[row] < nr_slots else nr_slots
+            if once:
+                ret = zap_present_ptes(table, row, at, table[row, at], stop - at if R.batching else 1, &L, &R, &M, &B,
+                                       &W)
+                break
+            ret = zap_pte_range(table, row, &at, stop, &L, &R, &M, &S, &B, &W)
+            if ret:
+                where = vpns[row] + at
+                break
+        derive_zap_stats(&stats[0], nr_slots + 1)
+    return ret, where, W.fail_pfn, None if W.lowest_freed == NO_PFN else W.lowest_freed
 
 
 HELPERS = ("pte_none", "pte_present", "pte_pfn", "pte_write", "pte_young", "pte_dirty", "pte_wrprotect", "pte_mkwrite",

@@ -19,7 +19,19 @@ from ptebatch.arch import PteLayout
 from ptebatch.checks import BatchResult
 from ptebatch.errors import ArgumentError, PfnError, StateError
 from ptebatch.folio import FolioTable
-from ptebatch.mm import NEVER_FAILS, STAT_FIELDS, ForkContext, Mm, Vma, swap_keys, swap_types, vm_page_prot
+from ptebatch.mm import (
+    NEVER_FAILS,
+    PFN_WITHOUT_PAGE,
+    STAT_FIELDS,
+    ZAP_STAT_FIELDS,
+    ForkContext,
+    Mm,
+    Vma,
+    ZapContext,
+    swap_keys,
+    swap_types,
+    vm_page_prot,
+)
 from ptebatch.semantics import (
     FPB_IGNORE_DIRTY,
     FPB_IGNORE_SOFT_DIRTY,
@@ -37,6 +49,7 @@ I64 = npt.NDArray[np.int64]
 
 _disagreements = [name for name, value in _core.MEMMAP_CONSTANTS.items() if getattr(folio, name) != value]
 _disagreements += [name for name, value in _core.SWAP_CONSTANTS.items() if getattr(swap, name) != value]
+_disagreements += ["ZAP_STAT_FIELDS"] if _core.ZAP_STAT_FIELDS != ZAP_STAT_FIELDS else []
 if _disagreements or _core.STAT_FIELDS != STAT_FIELDS or _core.SWP_KINDS != arch.SWP_KINDS:
     raise ImportError(
         f"the compiled core is of another version (STAT_FIELDS, {', '.join(_disagreements)}); rebuild it: make test"
@@ -132,6 +145,10 @@ def _raise(code: int, layout: PteLayout, entry: int, address: int | None, pfn: i
         raise checks.not_device_memory(pfn, address)
     if code == _core.RESULTS["E_OVERFLOW"]:
         raise StateError(f"PFN {pfn:#x}{where}: its mapcount or its folio's refcount has reached the limit")
+    if code == _core.RESULTS["E_UNMAPPED"]:
+        raise checks.unmapped_more_than_mapped(pfn, address)
+    if code == _core.RESULTS["E_SWAP_SLOT"]:
+        raise checks.swap_slot_unused(arch.swp_type(layout, entry), arch.swp_offset(layout, entry), address)
     if code == _core.RESULTS["E_GEOMETRY"]:
         raise StateError(f"PFN {pfn:#x}{where}: its folio is not whole in the FolioTable")
     raise StateError(f"the core returned {code}{where}")
@@ -198,7 +215,7 @@ def wrprotect_ptes(entries: U64, idx: int, nr: int, *, layout: PteLayout) -> Non
     checks.check_row("entries", entries, layout, writable=True)
     idx = checks.check_idx(idx, layout)
     nr = checks.check_nr("nr", nr, idx, layout)
-    checks.check_wrprotect_ptes(entries, idx, nr, layout)
+    checks.check_batch_ptes("wrprotect_ptes", entries, idx, nr, layout)
     _core.py_wrprotect_ptes(entries.reshape(1, -1), idx, nr, _layout_words(layout))
 
 
@@ -392,6 +409,129 @@ def wrprotect_range(
             _raise(ret, layout, entry, vpn << shift, arch.pte_pfn(layout, entry))
 
 
+def _zap_rule_words(ctx: ZapContext) -> U64:
+    vm_flags, semantics = ctx.vma.vm_flags, ctx.semantics
+    anonymous, swap_rules = ctx.vma.vm_ops is None, _swap_rules(semantics)
+    rules = {
+        "batching": ctx.batching,
+        "fpb_clamp": semantics.fpb_clamp,
+        "large_mapcount": semantics.large_mapcount,
+        "mm_id": semantics.mm_id,
+        "page_mapcount": not semantics.config.no_page_mapcount,
+        "zap_mm_id": ctx.mm_id,
+        "even_cows": ctx.even_cows,
+        "drop_markers": ctx.drop_markers,
+        "vma_anonymous": anonymous,
+        "uffd_wp": vm_flags & arch.VM_UFFD_WP and not anonymous and not ctx.drop_markers,
+        "uffd_wp_marker": arch.swp_entry(ctx.layout, arch.SWP_PTE_MARKER, arch.PTE_MARKER_UFFD_WP),
+        "recency": not vm_flags & (arch.VM_SEQ_READ | arch.VM_RAND_READ),
+        "as_kernel": ctx.pfn_without_page == "as_kernel",
+        "guard_markers": semantics.guard_markers,
+        "swp_kinds": swap_rules["swp_kinds"],
+        "swp_kinds_high": swap_rules["swp_kinds_high"],
+        "single_device_exclusive": semantics.single_device_exclusive,
+    }
+    return np.array([int(rules[name]) for name in _core.ZAP_RULE_FIELDS], dtype=np.uint64)
+
+
+def _zap(
+    ctx: ZapContext,
+    entries: U64,
+    vpns: I64,
+    rows: tuple[int, int],
+    span: tuple[int, int],
+    rss: I64,
+    stats: I64,
+    *,
+    once: bool,
+) -> int:
+    """Drive the core over pages ``span`` of some rows; results as the core's, errors raised."""
+    swap = ctx.folios.swap
+    ret, vpn, pfn, lowest_freed = _core.py_zap_range(
+        entries, vpns, rows[0], rows[1] - rows[0], span[0], span[1], once, _layout_words(ctx.layout),
+        _zap_rule_words(ctx), *_memmap(ctx.folios), swap._slots, swap._counts, rss, stats,
+    )  # fmt: skip
+    ctx.folios._zapped(lowest_freed)
+    if ret < 0:
+        row = int(np.searchsorted(vpns, vpn, side="right")) - 1
+        address = None if once else vpn << ctx.layout.page_shift
+        _raise(ret, ctx.layout, int(entries[row, vpn - int(vpns[row])]), address, pfn)
+    return int(ret)
+
+
+def clear_full_ptes(entries: U64, idx: int, nr: int, *, layout: PteLayout) -> None:
+    """Clear nr entries; see :func:`ptebatch.reference.clear_full_ptes`."""
+    _clear_full_ptes("clear_full_ptes", entries, idx, nr, layout)
+
+
+def get_and_clear_full_ptes(entries: U64, idx: int, nr: int, *, layout: PteLayout) -> int:
+    """Clear nr entries and return them as one; see :func:`ptebatch.reference.get_and_clear_full_ptes`."""
+    return _clear_full_ptes("get_and_clear_full_ptes", entries, idx, nr, layout)
+
+
+def _clear_full_ptes(function: str, entries: U64, idx: int, nr: int, layout: PteLayout) -> int:
+    checks.check_layout(layout)
+    checks.check_row("entries", entries, layout, writable=True)
+    idx = checks.check_idx(idx, layout)
+    nr = checks.check_nr("nr", nr, idx, layout)
+    checks.check_batch_ptes(function, entries, idx, nr, layout)
+    return _core.py_clear_full_ptes(entries.reshape(1, -1), idx, nr, _layout_words(layout))
+
+
+def zap_present_ptes(ctx: ZapContext, entries: U64, idx: int, max_nr: int, rss: I64, stats: I64) -> int:
+    """Unmap one present entry or one batch; see :func:`ptebatch.reference.zap_present_ptes`."""
+    checks.check_zap_context(ctx)
+    checks.check_row("entries", entries, ctx.layout, writable=True)
+    idx = checks.check_idx(idx, ctx.layout)
+    max_nr = checks.check_nr("max_nr", max_nr, idx, ctx.layout)
+    checks.check_rss(rss)
+    checks.check_zap_stats(stats, ctx.layout)
+    checks.check_no_overlap(entries=entries, rss=rss, stats=stats)
+    checks.check_present(ctx.layout, int(entries[idx]), idx)
+    vpns = np.zeros(1, dtype=np.int64)
+    return _zap(ctx, entries.reshape(1, -1), vpns, (0, 1), (idx, idx + max_nr), rss, stats, once=True)
+
+
+def zap_range(
+    mm: Mm,
+    start: int,
+    end: int,
+    *,
+    semantics: KernelSemantics,
+    batching: bool,
+    stats: I64,
+    even_cows: bool = True,
+    drop_markers: bool = False,
+    pfn_without_page: PFN_WITHOUT_PAGE = "error",
+) -> None:
+    """Unmap everything in start..end; see :func:`ptebatch.reference.zap_range`."""
+    start, end = checks.check_range_bounds(mm, start, end)
+    checks.check_batching(batching, semantics, "zap_batching")
+    checks.check_zap_stats(stats, mm.layout)
+    checks.check_rss(mm.rss)
+    checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), True)
+    checks.check_no_overlap(entries=mm.entries, rss=mm.rss, stats=stats)
+    shift = mm.layout.page_shift
+    for vma in mm.vmas:
+        low, high = max(start, vma.start), min(end, vma.end)
+        if low >= high:
+            continue
+        ctx = ZapContext(
+            layout=_configured(mm.layout, semantics),
+            semantics=semantics,
+            folios=mm.folios,
+            vma=vma,
+            batching=bool(batching),
+            mm_id=mm.mm_id,
+            even_cows=even_cows,
+            drop_markers=drop_markers,
+            pfn_without_page=pfn_without_page,
+        )
+        checks.check_zap_context(ctx)
+        checks.refuse_large_leaves(mm, vma)
+        _zap(ctx, mm.entries, mm.vpns, mm.rows(low, high), (low >> shift, high >> shift), mm.rss, stats, once=False)
+
+
 def apply_helper(layout: PteLayout, name: str, values: U64, arg: int = 0) -> U64:
     """One of the core's own ``pte_*`` helpers over an array, for comparing it with :mod:`ptebatch.arch`.
 
@@ -425,12 +565,16 @@ __all__: list[Any] = [
     "BatchResult",
     "apply_helper",
     "check_range",
+    "clear_full_ptes",
     "copy_nonpresent_pte",
     "copy_page_range",
     "copy_present_ptes",
     "copy_pte_range",
     "folio_pte_batch",
+    "get_and_clear_full_ptes",
     "set_ptes",
     "wrprotect_ptes",
     "wrprotect_range",
+    "zap_present_ptes",
+    "zap_range",
 ]

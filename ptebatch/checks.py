@@ -15,7 +15,8 @@ import numpy as np
 from ptebatch import arch
 from ptebatch.arch import PteLayout
 from ptebatch.errors import ArgumentError, ReadOnlyError, SemanticsError, StateError, UnsupportedEntryError
-from ptebatch.mm import STAT_FIELDS, ForkContext, Mm
+from ptebatch.folio import MAX_MM_ID
+from ptebatch.mm import STAT_FIELDS, ZAP_STAT_FIELDS, ForkContext, Mm, Vma, ZapContext
 
 U64_MAX = (1 << 64) - 1
 MAX_PFN = (1 << 40) - 1
@@ -112,6 +113,11 @@ def check_stats(stats: Any, layout: PteLayout) -> np.ndarray:
     return check_array("stats", stats, np.int64, (len(STAT_FIELDS) + layout.ptrs_per_pte + 1,), True)
 
 
+def check_zap_stats(stats: Any, layout: PteLayout) -> np.ndarray:
+    """The counters of `ptebatch.mm.new_zap_stats`: ``int64``, writable."""
+    return check_array("stats", stats, np.int64, (len(ZAP_STAT_FIELDS) + layout.ptrs_per_pte + 1,), True)
+
+
 def check_idx(idx: Any, layout: PteLayout) -> int:
     """A slot in a table."""
     return check_int("idx", idx, 0, layout.ptrs_per_pte - 1)
@@ -154,11 +160,11 @@ def check_pfn_without_page(value: Any) -> str:
     return str(value)
 
 
-def check_batching(batching: Any, semantics: Any) -> bool:
-    """A bool; True needs semantics that batch (v6.9+)."""
+def check_batching(batching: Any, semantics: Any, switch: str = "fork_batching") -> bool:
+    """A bool; True needs semantics that batch (v6.9+): the switch of that name."""
     if not isinstance(batching, (bool, np.bool_)):
         raise ArgumentError(f"batching must be a bool, not {type(batching).__name__}")
-    if batching and not semantics.fork_batching:
+    if batching and not getattr(semantics, switch):
         raise SemanticsError(f"{semantics.version} does not batch; pass batching=False, or semantics of v6.9 or newer")
     return bool(batching)
 
@@ -170,6 +176,17 @@ def check_context(ctx: Any) -> ForkContext:
     check_layout(ctx.layout)
     check_pfn_without_page(ctx.pfn_without_page)
     check_batching(ctx.batching, ctx.semantics)
+    return ctx
+
+
+def check_zap_context(ctx: Any) -> ZapContext:
+    """A consistent `ZapContext`."""
+    if not isinstance(ctx, ZapContext):
+        raise ArgumentError(f"ctx must be a ZapContext, not {type(ctx).__name__}")
+    check_layout(ctx.layout)
+    check_pfn_without_page(ctx.pfn_without_page)
+    check_batching(ctx.batching, ctx.semantics, "zap_batching")
+    check_int("ctx.mm_id", ctx.mm_id, 0, MAX_MM_ID)
     return ctx
 
 
@@ -197,6 +214,24 @@ def swap_slot_full(number: int, offset: int, addr: int | None) -> StateError:
     """A swap slot that can count no further reference."""
     where = "" if addr is None else f" at address {addr:#x}"
     return StateError(f"swap slot {number}:{offset:#x}{where}: its count has reached the limit")
+
+
+def swap_slot_unused(number: int, offset: int, addr: int | None) -> StateError:
+    """A swap slot whose last reference is given back once more."""
+    where = "" if addr is None else f" at address {addr:#x}"
+    return StateError(
+        f"swap slot {number}:{offset:#x}{where} has no reference left to give back; "
+        "was it counted (ptebatch.mm.account)?"
+    )
+
+
+def unmapped_more_than_mapped(pfn: int, addr: int | None) -> StateError:
+    """Counts of a page or its folio that are lower than the mappings there are."""
+    where = "" if addr is None else f" at address {addr:#x}"
+    return StateError(
+        f"PFN {pfn:#x}{where}: its mapcount or its folio's refcount is lower than the number of its mappings; "
+        "were they counted (ptebatch.mm.account)?"
+    )
 
 
 def check_mms(**mms: Any) -> None:
@@ -246,6 +281,13 @@ def check_set_ptes(entries: np.ndarray, idx: int, pte: int, nr: int, layout: Pte
             raise ArgumentError(f"slot {slot} of entries is present; set_ptes needs slots that are not")
 
 
+def check_present(layout: PteLayout, pte: int, idx: int) -> None:
+    """An entry for ``zap_present_ptes``."""
+    if not arch.pte_present(layout, pte):
+        what = "empty" if arch.pte_none(layout, pte) else "not present"
+        raise ArgumentError(f"slot {idx} of entries is {what}; zap_present_ptes needs a present entry")
+
+
 def check_nonpresent(layout: PteLayout, pte: int, idx: int) -> None:
     """An entry for ``copy_nonpresent_pte``."""
     if arch.pte_none(layout, pte) or arch.pte_present(layout, pte):
@@ -253,12 +295,12 @@ def check_nonpresent(layout: PteLayout, pte: int, idx: int) -> None:
         raise ArgumentError(f"slot {idx} of src is {what}; copy_nonpresent_pte needs an entry that is neither")
 
 
-def check_wrprotect_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> None:
-    """The contract of ``wrprotect_ptes``: present entries that map consecutive pages; other bits may differ."""
+def check_batch_ptes(function: str, entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> None:
+    """The contract of ``wrprotect_ptes`` and its like: present entries that map consecutive pages."""
     first = int(entries[idx])
     for slot in range(idx, idx + nr):
         value = int(entries[slot])
         if not arch.pte_present(layout, value):
-            raise ArgumentError(f"slot {slot} of entries is not present; wrprotect_ptes needs present entries")
+            raise ArgumentError(f"slot {slot} of entries is not present; {function} needs present entries")
         if arch.pte_pfn(layout, value) != arch.pte_pfn(layout, first) + slot - idx:
             raise ArgumentError(f"slot {slot} of entries does not map the page after slot {slot - 1}")

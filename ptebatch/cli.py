@@ -559,8 +559,9 @@ def wrprotect(
     Entries end up the same both ways; the number of calls does not.
     """
     source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
+    from ptebatch.impls import resolve_batching
     from ptebatch.mm import copy_state, digest
-    from ptebatch.protect import resolve_batching, wrprotect_range
+    from ptebatch.protect import wrprotect_range
 
     mm = source.mm
     modes = [False] if not resolve_batching(source.semantics, False if no_batching else None) else [False, True]

@@ -430,6 +430,14 @@ class FolioTable:
             pfns = np.asarray(new_pages, dtype=np.int64)
             self._update_full(np.unique(pfns >> SECTION_SHIFT))
 
+    def _zapped(self, lowest_freed: int | None) -> None:
+        """Take note of what the core freed."""
+        if lowest_freed is None:
+            return
+        self._free_hint = min(self._free_hint, max(1, lowest_freed))
+        for head in [head for head in self._pincounts if head not in self]:
+            del self._pincounts[head]
+
     def map_ptes(self, pfns: Any, *, mm_id: int, anon_exclusive: Any = None) -> None:
         """Account PTE mappings by `mm_id` in bulk: mapcount, refcount, large mapcount, MM-ID slots.
 

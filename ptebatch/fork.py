@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from ptebatch import arch
 from ptebatch.errors import ArgumentError, ForkError
+from ptebatch.impls import resolve_batching, resolve_impl
 from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma, copy_state, new_stats
 from ptebatch.pmd import check_leaves, copy_huge_pmd, copy_hugetlb_page_range, is_hugetlb, leaves
-from ptebatch.protect import resolve_batching, resolve_impl
 from ptebatch.semantics import LATEST, KernelSemantics
 
 VM_UFFD_FLAGS = arch.VM_UFFD_MISSING | arch.VM_UFFD_WP | arch.VM_UFFD_MINOR

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,13 @@ STAT_FIELDS = (
     "pmds_copied", "pmds_split", "tables_deposited", "hugetlb_entries", "hugetlb_copied",
 )  # fmt: skip
 """Counters of one page-table walk, in the order of the arrays `new_stats` makes; the batch histogram follows."""
+ZAP_STAT_FIELDS = (
+    "ptes_none", "ptes_present", "ptes_single", "ptes_batched", "batches", "ptes_skipped", "special_ptes", "ptep_get",
+    "clear_ptes", "rmap_remove", "folio_put", "folios_freed", "folio_mark_dirty", "folio_mark_accessed",
+    "uffd_wp_markers", "swap_entries", "migration_entries", "device_private_entries", "device_exclusive_entries",
+    "hwpoison_entries", "pte_markers",
+)  # fmt: skip
+"""Counters of one zap, in the order of the arrays `new_zap_stats` makes; the batch histogram follows."""
 
 PFN_WITHOUT_PAGE = Literal["error", "as_kernel"]
 VM_OPS = (None, "file", "shmem", "hugetlb", "special")
@@ -382,9 +389,64 @@ class ForkContext:
     has_first_table: bool = False
 
 
+class WalkStats:
+    """Base of the dataclasses that hold the counts of one walk: ints, and ``batch_hist``."""
+
+    batch_hist: I64
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counters as plain ints; ``batch_hist`` as {nr: batches}, zeros left out."""
+        counters = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+        counters["batch_hist"] = {str(nr): int(self.batch_hist[nr]) for nr in np.flatnonzero(self.batch_hist)}
+        return counters
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def new_stats(layout: PteLayout) -> I64:
     """Zeroed counters: int64[len(STAT_FIELDS) + ptrs_per_pte + 1]; the tail is the batch histogram by nr."""
     return np.zeros(len(STAT_FIELDS) + layout.ptrs_per_pte + 1, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class ZapContext:
+    """What stays the same while one VMA is unmapped from.
+
+    Attributes
+    ----------
+    layout : PteLayout
+        Configured for the semantics (`PteLayout.configured`).
+    semantics : KernelSemantics
+    folios : FolioTable
+    vma : Vma
+    batching : bool
+        False: one entry at a time.
+    mm_id : int
+        Of the address space, for MM-ID slots.
+    even_cows : bool
+        Take anonymous pages too; False is what truncating the file under a private mapping does.
+    drop_markers : bool
+        Take PTE markers too, as munmap and exit do; False keeps guards and leaves uffd-wp markers in file mappings.
+    pfn_without_page : {"error", "as_kernel"}
+    """
+
+    layout: PteLayout
+    semantics: KernelSemantics
+    folios: FolioTable
+    vma: Vma
+    batching: bool
+    mm_id: int
+    even_cows: bool = True
+    drop_markers: bool = False
+    pfn_without_page: PFN_WITHOUT_PAGE = "error"
+
+
+def new_zap_stats(layout: PteLayout) -> I64:
+    """Zeroed counters of a zap: int64[len(ZAP_STAT_FIELDS) + ptrs_per_pte + 1]; the tail is the batch histogram."""
+    return np.zeros(len(ZAP_STAT_FIELDS) + layout.ptrs_per_pte + 1, dtype=np.int64)
 
 
 def pte_pfns(layout: PteLayout, entries: U64) -> tuple[npt.NDArray[np.bool_], U64]:

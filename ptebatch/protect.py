@@ -7,40 +7,17 @@ dirty logging, copy-on-write snapshots) on a given layout of folios.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ptebatch import batch, reference
-from ptebatch.errors import ArgumentError, SemanticsError
-from ptebatch.mm import STAT_FIELDS, Mm, new_stats
+from ptebatch.impls import resolve_batching, resolve_impl
+from ptebatch.mm import STAT_FIELDS, Mm, WalkStats, new_stats
 from ptebatch.semantics import LATEST, KernelSemantics
-
-IMPLS: dict[str, Any] = {"core": batch, "reference": reference}
-"""The two implementations of the page-table walks, by the name ``impl=`` takes."""
-
-
-def resolve_impl(impl: str) -> Any:
-    """The module an ``impl=`` argument names."""
-    if impl not in IMPLS:
-        raise ArgumentError(f"impl={impl!r}: choose one of {', '.join(IMPLS)}")
-    return IMPLS[impl]
-
-
-def resolve_batching(semantics: KernelSemantics, batching: bool | None) -> bool:
-    """Whether to batch: None follows the semantics, True on an unbatched kernel is a SemanticsError."""
-    if batching is None:
-        return semantics.fork_batching
-    if batching and not semantics.fork_batching:
-        raise SemanticsError(
-            f"{semantics.version} works one PTE at a time; use v6.9 or later, or --set fork_batching=on, to batch"
-        )
-    return bool(batching)
 
 
 @dataclass(frozen=True, eq=False)
-class WrprotectStats:
+class WrprotectStats(WalkStats):
     """Counts of one :func:`wrprotect_range`.
 
     Attributes
@@ -66,15 +43,6 @@ class WrprotectStats:
     wrprotect_ptes: int
     ptes_wrprotected: int
     batch_hist: npt.NDArray[np.int64]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All counters as plain ints; ``batch_hist`` as {nr: visits}, zeros left out."""
-        counters = {name: getattr(self, name) for name in STAT_FIELDS if hasattr(self, name)}
-        counters["batch_hist"] = {str(nr): int(self.batch_hist[nr]) for nr in np.flatnonzero(self.batch_hist)}
-        return counters
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, WrprotectStats) and self.to_dict() == other.to_dict()
 
 
 def wrprotect_range(

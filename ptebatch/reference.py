@@ -8,7 +8,8 @@ here is fast.  Read it from top to bottom to learn what the kernel does:
 3. `copy_nonpresent_pte` copies swap entries, migration entries, markers and the like, one at a time;
 4. `copy_pte_range` does this for one page table, `copy_page_range` for all tables of a VMA;
 5. `check_range` looks for what cannot be copied before anything is written;
-6. `wrprotect_range` uses the same batches for write-protection alone.
+6. `wrprotect_range` uses the same batches for write-protection alone;
+7. `zap_present_ptes` and `zap_range` take mappings away again, as munmap and exit do.
 
 Modelled: mm/internal.h, mm/memory.c, include/linux/rmap.h and include/linux/pgtable.h, v6.6 to v6.19; each
 function says which.  What differs between releases is a switch of `ptebatch.semantics.KernelSemantics`.
@@ -32,10 +33,13 @@ from ptebatch.mm import (
     MM_FILEPAGES,
     MM_SHMEMPAGES,
     MM_SWAPENTS,
+    PFN_WITHOUT_PAGE,
     STAT_FIELDS,
+    ZAP_STAT_FIELDS,
     ForkContext,
     Mm,
     Vma,
+    ZapContext,
     swap_types,
     vm_page_prot,
 )
@@ -56,14 +60,18 @@ __all__ = [
     "BatchResult",
     "apply_helper",
     "check_range",
+    "clear_full_ptes",
     "copy_nonpresent_pte",
     "copy_page_range",
     "copy_present_ptes",
     "copy_pte_range",
     "folio_pte_batch",
+    "get_and_clear_full_ptes",
     "set_ptes",
     "wrprotect_ptes",
     "wrprotect_range",
+    "zap_present_ptes",
+    "zap_range",
 ]
 
 _STAT = {name: position for position, name in enumerate(STAT_FIELDS)}
@@ -280,7 +288,7 @@ def wrprotect_ptes(entries: np.ndarray, idx: int, nr: int, *, layout: PteLayout)
     entries = checks.check_row("entries", entries, layout, writable=True)
     idx = checks.check_idx(idx, layout)
     nr = checks.check_nr("nr", nr, idx, layout)
-    checks.check_wrprotect_ptes(entries, idx, nr, layout)
+    checks.check_batch_ptes("wrprotect_ptes", entries, idx, nr, layout)
     _wrprotect_ptes(entries, idx, nr, layout)
 
 
@@ -723,12 +731,12 @@ def _check_room(ctx: ForkContext, folio: Folio, pfn: int, nr: int, addr: int | N
         raise StateError(f"PFN {pfn:#x}{where}: its mapcount or its folio's refcount has reached the limit")
 
 
-def _page_mapcounts(ctx: ForkContext, folio: Folio) -> bool:
+def _page_mapcounts(ctx: ForkContext | ZapContext, folio: Folio) -> bool:
     """Tell whether each page of the folio counts its own mappings."""
     return folio.order == 0 or not ctx.semantics.config.no_page_mapcount
 
 
-def _tracks_mm_ids(ctx: ForkContext, folio: Folio) -> bool:
+def _tracks_mm_ids(ctx: ForkContext | ZapContext, folio: Folio) -> bool:
     return ctx.semantics.mm_id and folio.order > 0 and not folio.hugetlb
 
 
@@ -1020,7 +1028,7 @@ def _wrprotect_pte_range(
     stats: np.ndarray,
     vm_flags: int,
 ) -> None:
-    flags = 0 if semantics.fpb_respect else FPB_IGNORE_DIRTY | FPB_IGNORE_SOFT_DIRTY
+    flags = _ignore_all_flags(semantics)
     while idx < end:
         pte = int(entries[idx])
         _count(stats, "ptep_get")
@@ -1046,6 +1054,364 @@ def _wrprotect_pte_range(
                 _count(stats, "ptes_wrprotected", nr)
             _count_batch(stats, nr)
         idx += nr
+
+
+def _ignore_all_flags(semantics: KernelSemantics) -> int:
+    """Return the flags with which dirty, soft-dirty and write do not end a batch."""
+    return 0 if semantics.fpb_respect else FPB_IGNORE_DIRTY | FPB_IGNORE_SOFT_DIRTY
+
+
+# --- zap --------------------------------------------------------------------------------------------------------------
+
+_ZAP_STAT = {name: position for position, name in enumerate(ZAP_STAT_FIELDS)}
+
+
+def _count_zap(stats: np.ndarray, name: str, by: int = 1) -> None:
+    stats[_ZAP_STAT[name]] += by
+
+
+def clear_full_ptes(entries: np.ndarray, idx: int, nr: int, *, layout: PteLayout) -> None:
+    """Clear `nr` entries; accessed and dirty bits are lost.
+
+    Parameters
+    ----------
+    entries : ndarray of uint64, shape (ptrs_per_pte,)
+        One page table; written.
+    idx : int
+        First slot.
+    nr : int
+        Number of slots. All must be present and map consecutive pages of one folio; other bits may differ.
+    layout : PteLayout
+
+    Raises
+    ------
+    ArgumentError
+        A bad argument or a broken contract; nothing is written then.
+
+    Notes
+    -----
+    ``clear_full_ptes()``, include/linux/pgtable.h, v6.9+.
+    """
+    _check_clear("clear_full_ptes", entries, idx, nr, layout)
+    _clear_full_ptes(entries, idx, nr, layout)
+
+
+def get_and_clear_full_ptes(entries: np.ndarray, idx: int, nr: int, *, layout: PteLayout) -> int:
+    """Clear `nr` entries and return the first of them, dirty and young if any of them was.
+
+    Parameters and errors are those of `clear_full_ptes`.
+
+    Returns
+    -------
+    int
+        The entry at `idx`, made dirty and young by those behind it.
+
+    Notes
+    -----
+    ``get_and_clear_full_ptes()``, include/linux/pgtable.h, v6.9+. Making an entry dirty also makes it soft-dirty.
+    """
+    _check_clear("get_and_clear_full_ptes", entries, idx, nr, layout)
+    return _get_and_clear_full_ptes(entries, idx, nr, layout)
+
+
+def _check_clear(function: str, entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> None:
+    layout = checks.check_layout(layout)
+    entries = checks.check_row("entries", entries, layout, writable=True)
+    idx = checks.check_idx(idx, layout)
+    nr = checks.check_nr("nr", nr, idx, layout)
+    checks.check_batch_ptes(function, entries, idx, nr, layout)
+
+
+def _clear_full_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> None:
+    for slot in range(idx, idx + nr):
+        entries[slot] = layout.none_value
+
+
+def _get_and_clear_full_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> int:
+    pte = int(entries[idx])
+    others = [int(entries[slot]) for slot in range(idx + 1, idx + nr)]
+    _clear_full_ptes(entries, idx, nr, layout)
+    if any(arch.pte_dirty(layout, other) for other in others):
+        pte = arch.pte_mkdirty(layout, pte)
+    if any(arch.pte_young(layout, other) for other in others):
+        pte = arch.pte_mkyoung(layout, pte)
+    return pte
+
+
+def zap_present_ptes(
+    ctx: ZapContext, entries: np.ndarray, idx: int, max_nr: int, rss: np.ndarray, stats: np.ndarray
+) -> int:
+    """Unmap the present entry at `idx` and, where they form a batch with it, the entries behind it.
+
+    Parameters
+    ----------
+    ctx : ZapContext
+        Everything that stays the same over a VMA; its folios are written, those without references freed.
+    entries : ndarray of uint64, shape (ptrs_per_pte,)
+        One page table; written.
+    idx : int
+        Slot of the first entry.
+    max_nr : int
+        Entries left in the range and the table, at least 1.
+    rss : ndarray of int64, shape (4,)
+        Pages no longer mapped are subtracted here, by kind.
+    stats : ndarray of int64
+        From `ptebatch.mm.new_zap_stats`; added to. The read of the first entry is the caller's to count.
+
+    Returns
+    -------
+    int
+        Number of entries visited, at least 1; without ``even_cows`` an anonymous page is visited but left alone.
+
+    Raises
+    ------
+    ArgumentError, PfnError
+        A bad argument, an entry that is not present; a PFN without a page.
+    StateError
+        Fewer mappings or references are counted than would be taken away; nothing has changed.
+
+    Notes
+    -----
+    ``zap_present_ptes()`` and ``zap_present_folio_ptes()``, mm/memory.c, v6.9+; the loop of ``zap_pte_range()`` before.
+    The kernel drops references when it flushes its gather of pages; here they are dropped at once, which is the state
+    after the call.
+    """
+    ctx = checks.check_zap_context(ctx)
+    entries = checks.check_row("entries", entries, ctx.layout, writable=True)
+    idx = checks.check_idx(idx, ctx.layout)
+    max_nr = checks.check_nr("max_nr", max_nr, idx, ctx.layout)
+    rss = checks.check_rss(rss)
+    stats = checks.check_zap_stats(stats, ctx.layout)
+    checks.check_no_overlap(entries=entries, rss=rss, stats=stats)
+    checks.check_present(ctx.layout, int(entries[idx]), idx)
+    return _zap_present_ptes(ctx, entries, idx, int(entries[idx]), max_nr, rss, stats, None)
+
+
+def _zap_present_ptes(
+    ctx: ZapContext,
+    entries: np.ndarray,
+    idx: int,
+    pte: int,
+    max_nr: int,
+    rss: np.ndarray,
+    stats: np.ndarray,
+    addr: int | None,
+) -> int:
+    layout, semantics = ctx.layout, ctx.semantics
+    nr = 1
+    if not _vm_normal_page(ctx.folios, layout, pte, ctx.pfn_without_page, addr):
+        _clear_full_ptes(entries, idx, 1, layout)
+        _count_zap(stats, "special_ptes")
+    else:
+        pfn = arch.pte_pfn(layout, pte)
+        folio = ctx.folios.page(pfn).folio
+        if folio.anon and not ctx.even_cows:
+            _count_zap(stats, "ptes_skipped")
+            return 1
+        if ctx.batching and folio.order > 0 and max_nr > 1:
+            flags = _ignore_all_flags(semantics)
+            batch, reads = _folio_pte_batch(entries, idx, pte, max_nr, folio, layout, semantics, flags, 0)
+            _count_zap(stats, "ptep_get", reads)
+            nr = batch.nr
+        _remove_rmap(ctx, folio, pfn, nr, stats, addr)
+        rss[_mm_counter(folio)] -= nr
+        if folio.anon:
+            _clear_full_ptes(entries, idx, nr, layout)  # nobody wants to know whether it was young or dirty
+        else:
+            old = _get_and_clear_full_ptes(entries, idx, nr, layout)
+            if arch.pte_dirty(layout, old):
+                folio.dirty = True
+                _count_zap(stats, "folio_mark_dirty")
+            if arch.pte_young(layout, old) and not ctx.vma.vm_flags & (arch.VM_SEQ_READ | arch.VM_RAND_READ):
+                _count_zap(stats, "folio_mark_accessed")
+        _folio_put(ctx, folio, nr, stats)
+    _count_zap(stats, "clear_ptes")
+    _count_zap(stats, "ptes_present", nr)
+    _count_zap(stats, "ptes_single" if nr == 1 else "ptes_batched", nr)
+    _count_zap(stats, "batches")
+    stats[len(ZAP_STAT_FIELDS) + nr] += 1
+    if arch.pte_uffd_wp(layout, pte):
+        _leave_uffd_wp_markers(ctx, entries, idx, nr, stats)
+    return nr
+
+
+def _leave_uffd_wp_markers(ctx: ZapContext, entries: np.ndarray, idx: int, nr: int, stats: np.ndarray) -> None:
+    """Remember in a file mapping that entries were write-protected by userfaultfd.
+
+    ``zap_install_uffd_wp_if_needed()``, mm/memory.c.
+    """
+    if ctx.vma.vm_ops is None or ctx.drop_markers or not ctx.vma.vm_flags & arch.VM_UFFD_WP:
+        return
+    for slot in range(idx, idx + nr):
+        entries[slot] = arch.swp_entry(ctx.layout, arch.SWP_PTE_MARKER, arch.PTE_MARKER_UFFD_WP)
+    _count_zap(stats, "uffd_wp_markers", nr)
+
+
+def _remove_rmap(
+    ctx: ZapContext, folio: Folio, pfn: int, nr: int, stats: np.ndarray, addr: int | None, *, counted: bool = True
+) -> None:
+    """Count `nr` mappings less, unless these were not counted; refuse if there are not that many, or references.
+
+    ``folio_remove_rmap_ptes()``, mm/rmap.c, v6.8+.  PG_anon_exclusive stays as it is.
+    """
+    pages = [ctx.folios.page(pfn + k) for k in range(nr)] if counted and _page_mapcounts(ctx, folio) else []
+    large = counted and folio.order > 0 and ctx.semantics.large_mapcount
+    enough = folio.refcount >= nr and all(page.mapcount > 0 for page in pages)
+    if not enough or (large and folio.large_mapcount < nr):
+        raise checks.unmapped_more_than_mapped(pfn, addr)
+    for page in pages:
+        page.mapcount -= 1
+    if large:
+        folio.large_mapcount -= nr
+        if _tracks_mm_ids(ctx, folio):
+            folio.remove_mm_mapping(ctx.mm_id, nr)
+    if counted:
+        _count_zap(stats, "rmap_remove")
+
+
+def _folio_put(ctx: ZapContext, folio: Folio, nr: int, stats: np.ndarray) -> None:
+    """Drop `nr` references; a folio without any is freed, except a poisoned page, which is never handed out again.
+
+    ``folio_put_refs()``, include/linux/mm.h; ``free_pages_prepare()``, mm/page_alloc.c.
+    """
+    folio.refcount -= nr
+    _count_zap(stats, "folio_put")
+    if folio.refcount == 0 and not (folio.order == 0 and ctx.folios.page(folio.pfn).hwpoison):
+        ctx.folios.remove(folio.pfn)
+        _count_zap(stats, "folios_freed")
+
+
+def _zap_nonpresent_pte(
+    ctx: ZapContext, entries: np.ndarray, idx: int, pte: int, rss: np.ndarray, stats: np.ndarray, addr: int | None
+) -> None:
+    """Take away one entry that is neither present nor empty, unless it is one to keep.
+
+    The branches on such entries in ``zap_pte_range()``, mm/memory.c (``zap_nonpresent_ptes()`` in v6.14+).
+    """
+    layout, types = ctx.layout, swap_types(ctx.semantics)
+    kind = _swap_kind(layout, types, pte, addr)
+    counter = "pte_markers"
+    uffd_wp = arch.pte_swp_uffd_wp(layout, pte)
+    if kind == "marker":
+        marker = arch.swp_offset(layout, pte)
+        uffd_wp = bool(marker & arch.PTE_MARKER_UFFD_WP)
+        if uffd_wp:
+            keep = ctx.vma.vm_ops is not None and not ctx.drop_markers
+        elif marker & arch.PTE_MARKER_GUARD and ctx.semantics.guard_markers:
+            keep = not ctx.drop_markers
+        else:
+            keep = bool(marker & arch.PTE_MARKER_POISONED) and not ctx.even_cows
+    elif kind in ("hwpoison", "swap"):
+        keep = not ctx.even_cows
+        counter = f"{kind}_entries"
+        if kind == "swap" and not keep:
+            number, offset = arch.swp_type(layout, pte), arch.swp_offset(layout, pte)
+            if not ctx.folios.swap.count(number, offset):
+                raise checks.swap_slot_unused(number, offset, addr)
+            ctx.folios.swap.add([swap_key(number, offset)], -1)
+            rss[MM_SWAPENTS] -= 1
+    else:
+        pfn = arch.swp_offset_pfn(layout, pte)
+        if pfn not in ctx.folios:
+            raise PfnError(pfn=pfn, address=addr)
+        folio = ctx.folios.page(pfn).folio
+        private = kind in ("device write", "device read")
+        counter = "device_private_entries" if private else "device_exclusive_entries"
+        keep = folio.anon and not ctx.even_cows
+        if kind.startswith("migration"):
+            counter = "migration_entries"  # references and mappings are the migration's own
+        elif not keep:
+            if private and not folio.device:
+                raise checks.not_device_memory(pfn, addr)
+            # Through v6.14 the mapping was not counted while a device had the page for itself.
+            counted = private or ctx.semantics.single_device_exclusive
+            _remove_rmap(ctx, folio, pfn, 1, stats, addr, counted=counted)
+        if not keep:
+            rss[_mm_counter(folio)] -= 1
+            if counter != "migration_entries":
+                _folio_put(ctx, folio, 1, stats)
+    if keep:
+        _count_zap(stats, "ptes_skipped")
+        return
+    _count_zap(stats, counter)
+    entries[idx] = layout.none_value
+    if uffd_wp:
+        _leave_uffd_wp_markers(ctx, entries, idx, 1, stats)
+
+
+def zap_range(
+    mm: Mm,
+    start: int,
+    end: int,
+    *,
+    semantics: KernelSemantics,
+    batching: bool,
+    stats: np.ndarray,
+    even_cows: bool = True,
+    drop_markers: bool = False,
+    pfn_without_page: PFN_WITHOUT_PAGE = "error",
+) -> None:
+    """Unmap everything in ``start..end``, entry by entry or batch by batch; page tables and VMAs stay.
+
+    Parameters
+    ----------
+    mm : Mm
+        Its entries, rss and folios are written.
+    start, end : int
+        Byte addresses, multiples of the page size.
+    semantics : KernelSemantics
+    batching : bool
+        False: every entry alone.
+    stats : ndarray of int64
+        From `ptebatch.mm.new_zap_stats`; added to.
+    even_cows, drop_markers, pfn_without_page
+        See `ptebatch.mm.ZapContext`.
+
+    Raises
+    ------
+    ArgumentError, SemanticsError
+        A bad argument; batching asked of a kernel that does not.
+    PfnError, UnsupportedEntryError, StateError
+        As `zap_present_ptes`; what was unmapped before stays unmapped. `check_range` finds the first two beforehand.
+
+    Notes
+    -----
+    ``unmap_page_range()`` down to ``zap_pte_range()``, mm/memory.c, v6.6 to v6.19.
+    """
+    start, end = checks.check_range_bounds(mm, start, end)
+    batching = checks.check_batching(batching, semantics, "zap_batching")
+    stats = checks.check_zap_stats(stats, mm.layout)
+    checks.check_rss(mm.rss)
+    checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), True)
+    checks.check_no_overlap(entries=mm.entries, rss=mm.rss, stats=stats)
+    layout = _configured(mm.layout, semantics)
+    for vma in mm.vmas:
+        if end <= vma.start or vma.end <= start:
+            continue
+        ctx = ZapContext(
+            layout, semantics, mm.folios, vma, batching, mm.mm_id, even_cows, drop_markers, pfn_without_page
+        )
+        checks.check_zap_context(ctx)
+        checks.refuse_large_leaves(mm, vma)
+        for row, table_addr, idx, stop in _tables(mm, max(start, vma.start), min(end, vma.end)):
+            _zap_pte_range(ctx, mm.entries[row], idx, stop, mm.rss, stats, table_addr)
+
+
+def _zap_pte_range(
+    ctx: ZapContext, entries: np.ndarray, idx: int, end: int, rss: np.ndarray, stats: np.ndarray, table_addr: int
+) -> None:
+    while idx < end:
+        addr = table_addr + (idx << ctx.layout.page_shift)
+        pte = int(entries[idx])
+        _count_zap(stats, "ptep_get")
+        if arch.pte_none(ctx.layout, pte):
+            _count_zap(stats, "ptes_none")
+            idx += 1
+        elif arch.pte_present(ctx.layout, pte):
+            idx += _zap_present_ptes(ctx, entries, idx, pte, end - idx, rss, stats, addr)
+        else:
+            _zap_nonpresent_pte(ctx, entries, idx, pte, rss, stats, addr)
+            idx += 1
 
 
 # --- the helpers, over an array ---------------------------------------------------------------------------------------

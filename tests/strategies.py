@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ptebatch import arch
 from ptebatch.arch import X86_64, PteLayout
 from ptebatch.folio import FolioTable
-from ptebatch.mm import Mm, Vma
+from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, Mm, Vma, swap_types
 from ptebatch.semantics import PRESETS, KernelSemantics
 from ptebatch.swap import MAX_SWAP_COUNT, swap_key
 
@@ -83,6 +83,7 @@ class VmaSpec:
     anon_vma: bool
     uffd_event_fork: bool
     runs: tuple[Run, ...] = ()
+    vm_ops: str | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ def cases(draw: st.DrawFn) -> Case:
                 draw(st.integers(0, 7)) != 0,
                 draw(st.booleans()),
                 tuple(own),
+                draw(st.sampled_from((None, None, None, "file", "shmem"))),
             )
         )
         start += nr
@@ -307,6 +309,7 @@ def build(case: Case, layout: PteLayout = X86_64) -> Mm:
             vm_flags=spec.vm_flags,
             anon_vma=spec.anon_vma,
             uffd_event_fork=spec.uffd_event_fork,
+            vm_ops=spec.vm_ops,
         )
         for spec in case.vmas
     ]
@@ -386,3 +389,28 @@ def add_leaf(mm: Mm, leaf: Leaf) -> None:
         value = arch.swp_entry(layout, leaf.swap_type, LEAF_PFN)
     mm.pmd_vpns = np.array([LEAF_VPN], dtype=np.int64)
     mm.pmd_entries = np.array([value], dtype=np.uint64)
+
+
+def count_rest(mm: Mm, semantics: KernelSemantics) -> None:
+    """Count what `build` does not: rss, and the entries that are not present, so that all of it can be unmapped."""
+    layout, folios, types = mm.layout, mm.folios, swap_types(semantics)
+    for pte in mm.entries.reshape(-1).tolist():
+        if arch.pte_none(layout, pte) or (arch.pte_present(layout, pte) and arch.pte_special(layout, pte)):
+            continue
+        kind = "present" if arch.pte_present(layout, pte) else types.get(arch.swp_type(layout, pte), "swap")
+        if kind == "swap":
+            if folios.swap.count(arch.swp_type(layout, pte), arch.swp_offset(layout, pte)) < MAX_SWAP_COUNT:
+                folios.swap.add([swap_key(arch.swp_type(layout, pte), arch.swp_offset(layout, pte))])
+            mm.rss[MM_SWAPENTS] += 1
+        if kind in ("swap", "marker", "hwpoison"):
+            continue
+        page = folios.page(arch.pte_pfn(layout, pte) if kind == "present" else arch.swp_offset_pfn(layout, pte))
+        folio = page.folio
+        mm.rss[MM_ANONPAGES if folio.anon else MM_SHMEMPAGES if folio.swapbacked else MM_FILEPAGES] += 1
+        if kind.startswith("device"):
+            folio.refcount += 1
+            if kind in ("device write", "device read") or semantics.single_device_exclusive:
+                page.mapcount += 1
+                if folio.order:
+                    folio.large_mapcount += 1
+                    folio.add_mm_mapping(mm.mm_id, 1)

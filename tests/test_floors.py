@@ -19,6 +19,7 @@ FLOORS = [
     {"pmd"},
     {"checks"},
     {"batch", "reference"},
+    {"impls"},
     {"zap", "protect"},
     {"explain", "fork", "fault"},
     {"capture", "snapshot", "workload"},

@@ -22,6 +22,7 @@ GOLDEN = Path(__file__).parent / "golden"
 FUNCTIONS = (
     "folio_pte_batch", "set_ptes", "wrprotect_ptes", "copy_present_ptes", "copy_nonpresent_pte", "copy_pte_range",
     "fork",
+    "get_and_clear_full_ptes", "zap_present_ptes",
 )  # fmt: skip
 U64 = (1 << 64) - 1
 Vector = dict[str, Any]
@@ -132,10 +133,13 @@ def check_folios(vector: Vector, folios: FolioTable) -> None:
         assert snapshot(folios, pfn) == [1, 1, 0, 0, (1, True, False)]
     assert copies <= heads
     heads -= copies
-    assert heads == {int(pfn) for pfn in before.heads()} | {number(pfn) for pfn in expected}
+    freed = {number(pfn) for pfn, want in expected.items() if want is None}
+    assert heads == ({int(pfn) for pfn in before.heads()} | {number(pfn) for pfn in expected}) - freed
     for pfn in heads - {number(pfn) for pfn in expected}:
         assert snapshot(folios, pfn) == snapshot(before, pfn)
     for name, want in expected.items():
+        if want is None:
+            continue
         folio = folios.folio(number(name))
         assert folio.refcount == want["refcount"]
         if "large_mapcount" in want:
@@ -169,8 +173,8 @@ def snapshot(folios: FolioTable, head: int) -> list[Any]:
     ]
 
 
-def check_stats(vector: Vector, stats: np.ndarray) -> None:
-    named = dict(zip(mm.STAT_FIELDS, stats.tolist(), strict=False))
+def check_stats(vector: Vector, stats: np.ndarray, fields: tuple[str, ...] = mm.STAT_FIELDS) -> None:
+    named = dict(zip(fields, stats.tolist(), strict=False))
     expected = vector["expect"].get("stats", {})
     assert {name: named[name] for name in expected} == expected
     if "batch_hist" in vector["expect"]:
@@ -382,3 +386,55 @@ def test_fork(impl_name, vector):
     assert [space.folios.swap.count(swap_type, offset) for swap_type, offset, _ in slots] == [n for *_, n in slots]
     stats = result.stats.to_dict()
     assert {name: stats[name] for name in expect.get("stats", {})} == expect.get("stats", {})
+
+
+@vectors("get_and_clear_full_ptes")
+def test_get_and_clear_full_ptes(impl, vector):
+    for function in ("clear_full_ptes", "get_and_clear_full_ptes"):
+        entries = table(vector["entries"])
+
+        def call(entries=entries, function=function) -> int | None:
+            return getattr(impl, function)(entries, vector["idx"], vector["nr"], layout=layout(vector))
+
+        if "error" in vector:
+            with pytest.raises(getattr(errors, vector["error"])):
+                call()
+            same_table(entries, table(vector["entries"]))
+        else:
+            assert call() == (number(vector["expect"]["return"]) if function.startswith("get") else None)
+            same_table(entries, table(vector["expect"]["entries"]))
+
+
+@vectors("zap_present_ptes")
+def test_zap_present_ptes(impl, vector):
+    folios = memmap(vector)
+    ctx = mm.ZapContext(
+        layout=layout(vector),
+        semantics=kernel(vector),
+        folios=folios,
+        vma=Vma(0x200000, 0x400000, vm_flags(vector["vm_flags"]), vm_ops=vector["vm_ops"]),
+        batching=vector["batching"],
+        mm_id=1,
+        even_cows=vector["even_cows"],
+        drop_markers=vector["drop_markers"],
+        pfn_without_page=vector["pfn_without_page"],
+    )
+    entries, rss, stats = table(vector["entries"]), np.zeros(4, dtype=np.int64), mm.new_zap_stats(ctx.layout)
+
+    def call() -> int:
+        return impl.zap_present_ptes(ctx, entries, vector["idx"], vector["max_nr"], rss, stats)
+
+    if "error" in vector:
+        with pytest.raises(getattr(errors, vector["error"])):
+            call()
+        same_table(entries, table(vector["entries"]))
+        check_folios({**vector, "expect": {}}, folios)
+        assert rss.tolist() == [0, 0, 0, 0]
+        return
+    assert call() == vector["expect"]["return"]
+    same_table(entries, table(vector["expect"]["entries"]))
+    check_folios(vector, folios)
+    dirty = [number(pfn) for pfn in vector["expect"].get("dirty", [])]
+    assert [int(pfn) for pfn in folios.heads() if folios.folio(int(pfn)).dirty] == dirty
+    assert rss.tolist() == vector["expect"]["rss"]
+    check_stats(vector, stats, mm.ZAP_STAT_FIELDS)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptebatch.arch import LAYOUTS, X86_64, PteLayout
     from ptebatch.errors import (
+        AccessError,
         ArgumentError,
         CaptureError,
         ForkError,
@@ -48,6 +49,7 @@ __all__ = [
     "V6_18",
     "V6_19",
     "X86_64",
+    "AccessError",
     "ArgumentError",
     "CaptureError",
     "FolioTable",

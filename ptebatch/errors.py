@@ -6,6 +6,7 @@ import errno as _errno
 import os as _os
 
 __all__ = [
+    "AccessError",
     "ArgumentError",
     "CaptureError",
     "ForkError",
@@ -106,6 +107,26 @@ class ProcessGoneError(CaptureError):
 
 class PermissionDeniedError(CaptureError):
     """A privilege needed for capturing is missing."""
+
+
+class AccessError(PtebatchError):
+    """A memory access that the kernel answers with a signal.
+
+    Parameters
+    ----------
+    message : str, optional
+        Built from `address` and `signal` when left out.
+    address : int, optional
+        Virtual address in bytes.
+    signal : str
+        ``"SIGSEGV"`` or ``"SIGBUS"``.
+    """
+
+    def __init__(self, message: str = "", *, address: int | None = None, signal: str = "SIGSEGV") -> None:
+        where = "" if address is None else f" at address {address:#x}"
+        super().__init__(message or f"this access{where} ends with {signal}")
+        self.address = address
+        self.signal = signal
 
 
 class SemanticsError(PtebatchError, ValueError):

@@ -8,7 +8,15 @@ import pickle
 import pytest
 
 from ptebatch import errors
-from ptebatch.errors import ArgumentError, ForkError, PfnError, PtebatchError, SemanticsError, UnsupportedEntryError
+from ptebatch.errors import (
+    AccessError,
+    ArgumentError,
+    ForkError,
+    PfnError,
+    PtebatchError,
+    SemanticsError,
+    UnsupportedEntryError,
+)
 
 
 def test_one_family():
@@ -31,6 +39,8 @@ def test_one_family():
         (PfnError("said so"), ("said so",)),
         (UnsupportedEntryError(address=0x7F0000, kind="swap"), ("0x7f0000", "swap")),
         (UnsupportedEntryError("said so", address=1), ("said so",)),
+        (AccessError(address=0x7F0000, signal="SIGBUS"), ("0x7f0000", "SIGBUS")),
+        (AccessError("said so", address=1), ("said so",)),
         (ForkError(errno=errno.EAGAIN), ("EAGAIN",)),
         (ForkError(), ("ENOMEM",)),
         (ForkError(errno=133), ("EHWPOISON",)),

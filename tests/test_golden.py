@@ -21,8 +21,7 @@ from ptebatch.mm import ForkContext, Vma
 GOLDEN = Path(__file__).parent / "golden"
 FUNCTIONS = (
     "folio_pte_batch", "set_ptes", "wrprotect_ptes", "copy_present_ptes", "copy_nonpresent_pte", "copy_pte_range",
-    "fork",
-    "get_and_clear_full_ptes", "zap_present_ptes",
+    "fork", "get_and_clear_full_ptes", "zap_present_ptes", "touch",
 )  # fmt: skip
 U64 = (1 << 64) - 1
 Vector = dict[str, Any]

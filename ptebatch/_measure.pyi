@@ -11,6 +11,7 @@ CFLAGS: str
 CYTHON: str
 SIMD_LEVELS: dict[str, int]
 STREAM_VARIANTS: dict[str, int]
+KERNEL_PAGE_BYTES: int
 
 def supported() -> tuple[str, ...]: ...
 def py_stream(src: U64, dst: U64, a: int, b: int, level: str, variant: str) -> None: ...
@@ -23,5 +24,16 @@ def py_plain_copy(
     folio_end: I64,
     refcount: I32,
     words: U64,
+    batched: bool,
+) -> int: ...
+def py_kernel_copy(
+    src: U64,
+    dst: U64,
+    pages: U8,
+    words: U64,
+    dst_mm_id: int,
+    large_mapcount: bool,
+    mm_id: bool,
+    page_mapcount: bool,
     batched: bool,
 ) -> int: ...

@@ -39,13 +39,16 @@ from ptebatch.errors import ArgumentError, PermissionDeniedError, StateError
 from ptebatch.folio import tally
 from ptebatch.fork import ForkPlan, ForkStats
 from ptebatch.mm import Mm, pte_pfns
-from ptebatch.peers import NAIVE, Peer, available, flatten
+from ptebatch.peers import NAIVE, Peer, available, flatten, kernel_layout
 from ptebatch.protect import wrprotect_range
 from ptebatch.semantics import LATEST, KernelSemantics, running
 from ptebatch.semantics import get as preset
 from ptebatch.workload import Workload, format_size, parse
 
-__all__ = ["FOLIOS", "SCHEMA", "Case", "ForkCheck", "environment", "measure", "rows", "run_bench", "run_limit"]
+__all__ = [
+    "FOLIOS", "SCHEMA", "Case", "ForkCheck", "environment", "measure", "rows", "run_bench", "run_kernel_layout",
+    "run_limit",
+]  # fmt: skip
 
 Bools = npt.NDArray[np.bool_]
 I64 = npt.NDArray[np.int64]
@@ -635,6 +638,71 @@ def _wrprotect_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
     ptes = int(pte_pfns(mm.layout, saved)[0].sum())
     core = Case({"source": "core", **row}, ptes, reset, run, check)
     return [core, Case({"source": "limit", **row}, ptes, reset, stream)]
+
+
+# --- the kernel's memory layout ---------------------------------------------------------------------------------------
+LAYOUT_KERNELS = ("v6.9", "v6.10", "v6.18")
+"""Each keeps one counter more: with the batching, large mapcount, MM-ID slots."""
+OPS = ("ptep_get", "folio_ref_add", "rmap_dup", "wrprotect_ptes", "set_ptes")
+
+
+def run_kernel_layout(
+    *,
+    size: int = 1 << 30,
+    folios: Sequence[int] = FOLIOS,
+    rounds: int = ROUNDS,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure single and batched copying on a memory layout like the kernel's, beside the published change.
+
+    64-byte page records, locked counters, compare-and-exchange on entries (`ptebatch.peers.kernel_layout`); folios lie
+    in physical memory in the order of their addresses, as a process on a machine with free memory gets them.
+
+    Parameters
+    ----------
+    size, folios, rounds, progress
+        See `run_bench`.
+
+    Returns
+    -------
+    dict
+        As `run_bench`. Rows of source "kernel-layout" have one kernel each (``semantics``), ``ops`` (what the model
+        counts for each entry: `OPS`) and ``locked_per_pte`` (locked instructions for each entry, which follow from the
+        counts).
+    """
+    tick = _Ticker(progress, len(folios) * (rounds + 2))
+    kernels = [preset(name) for name in LAYOUT_KERNELS]
+    found: list[Row] = []
+    for folio in folios:
+        mm = Workload(size=size, folio=(folio,), pfns="sequential").build()
+        cases = []
+        for semantics in kernels:
+            for batched in (False, True):
+                (case,) = peer_cases([kernel_layout(semantics, batched=batched)], mm, semantics)
+                case.row |= {"semantics": semantics.label, **_operations(mm, semantics, batched)}
+                cases.append(case)
+        tick()
+        measure(cases, rounds, tick)
+        found += rows(cases, arch=mm.layout.name, folio_bytes=folio, order=_order(folio))
+    found += _published(folios)
+    return {"schema": SCHEMA, "mode": "kernel-layout", "env": environment(), "rows": found, "bound": [], "notes": []}
+
+
+def _operations(mm: Mm, semantics: KernelSemantics, batched: bool) -> Row:
+    """Operations for each entry, as the model counts them, and the locked instructions they are made of."""
+    plan = ForkPlan(mm, semantics=semantics, batching=batched, keep=True)
+    stats = plan.run()
+    plan.reset()
+    large = bool(mm.folios.orders(_mapped(mm)[1][:1])[0])
+    locked = {
+        "refcount": stats.folio_ref_add,
+        "anon-exclusive": stats.anon_exclusive_cleared,
+        "mapcount": 0 if large and semantics.config.no_page_mapcount else stats.ptes_present - stats.special_ptes,
+        "large mapcount": stats.rmap_dup if large and semantics.large_mapcount else 0,
+        "wrprotect": stats.ptes_wrprotected,
+    }
+    ops = {name: getattr(stats, name) / stats.ptes_present for name in OPS}
+    return {"ops": ops, "locked_per_pte": sum(locked.values()) / stats.ptes_present}
 
 
 # --- the benchmark ----------------------------------------------------------------------------------------------------

@@ -381,6 +381,7 @@ def ptebatch(
         "ptebatch bench --pid 1234",
         "ptebatch bench --rounds 20 --json > bench.json",
         "ptebatch bench --limit --size 1GiB",
+        "ptebatch bench --kernel-layout",
     )
 )
 def bench(
@@ -416,6 +417,10 @@ def bench(
             "[default size: 128MiB, 1GiB and 64GiB, which needs 12 GiB of memory]",
         ),
     ] = False,
+    kernel_layout: Annotated[
+        bool,
+        typer.Option("--kernel-layout", help="Copy in a memory layout like the kernel's, beside the published change."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure single-PTE, batched and naive copying.
@@ -441,11 +446,21 @@ def bench(
         given["pid"] = pid
     if peers:
         given["peers"] = True
-    if limit and pid is not None:
-        _usage("does not go with --limit", "--pid")
+    modes = {"--limit": limit, "--kernel-layout": kernel_layout}
+    mode = "".join(name for name, wanted in modes.items() if wanted)
+    if mode not in ("", *modes):
+        raise _Usage(f"{' and '.join(name for name, wanted in modes.items() if wanted)}: choose one of them")
+    for option, name in (("--pid", "pid"), *([("--peers", "peers")] if mode == "--kernel-layout" else [])):
+        if mode and name in given:
+            _usage(f"does not go with {mode}", option)
     from ptebatch import bench as benchmarks
 
-    run = benchmarks.run_limit if limit else benchmarks.run_bench
+    runs: dict[str, Callable[..., dict[str, Any]]] = {
+        "": benchmarks.run_bench,
+        "--limit": benchmarks.run_limit,
+        "--kernel-layout": benchmarks.run_kernel_layout,
+    }
+    run = runs[mode]
     with _progress("measuring", still=True) as progress:
         document = run(progress=progress, **given)
     _notes(document["notes"])
@@ -456,10 +471,10 @@ def bench(
 
     env = {name: value for name, value in document["env"].items() if isinstance(value, str | int | float)}
     blocks: list[RenderableType | str] = [report.pairs_table((name, str(value)) for name, value in env.items())]
-    tables = report.limit_tables if limit else report.bench_tables
+    tables, notes = report.BENCH[document["mode"]]
     for heading, table in tables(document["rows"]):
         blocks.append(report.titled(heading, table))
-    _print(*blocks, *([] if limit else [report.bench_notes(document["rows"])]))
+    _print(*blocks, *([notes(document["rows"])] if notes else []))
 
 
 @app.command(

@@ -1,13 +1,16 @@
 /*
  * C kernels for measuring; ptebatch/_measure.pyx is their only user.
  *
- * Two kinds:
+ * Three kinds:
  * - stream_*: the streaming limit. Rewrites a table and writes a second one from it, and does nothing else:
  *   src &= ~a; dst = src & ~b. One function per SIMD level, each in three variants (enum stream_variant), because which
  *   one is fastest depends on the size and the machine. The level is chosen at run time; a function is only called
  *   where the CPU has its instructions (simd_supported).
  * - plain_copy_*: fork's copy of private anonymous memory as straightforward C over a struct of arrays, one entry at a
  *   time and batched. No intrinsics, no prefetching: what one writes before tuning.
+ * - kernel_copy_*: the same copy in the kernel's shape: a 64-byte record for each page, a folio found through its page,
+ *   counters and flags changed by locked instructions, entries written one by one. It is there to show what batching
+ *   saves the kernel, not to be fast.
  */
 #ifndef PTEBATCH_MEASURE_H
 #define PTEBATCH_MEASURE_H
@@ -223,6 +226,148 @@ static inline size_t plain_copy_batched(const struct plain_state *state)
         i += nr;
     }
     return s.nr_ptes;
+}
+
+/*
+ * One page's record, as large as the kernel's struct page. What the kernel keeps in the second page of a large folio is
+ * used there only. Counts are plain.
+ */
+struct kernel_page {
+    uint64_t flags;
+    uint64_t compound_head; /* of a tail page: its head's index << 1 | 1 */
+    uint64_t mapping;       /* bit 0: anonymous */
+    uint64_t mm_ids;        /* second page: two ids of 20 bits; bit 62: shared, bit 63: locked */
+    int32_t mm_id_mapcount[2];
+    int32_t large_mapcount;
+    uint32_t order;
+    int32_t mapcount;
+    int32_t refcount;
+    uint64_t memcg;
+};
+
+#define KPAGE_HEAD ((uint64_t)1 << 6)
+#define KPAGE_ANON_EXCLUSIVE ((uint64_t)1 << 17)
+#define KPAGE_ID_BITS 20
+#define KPAGE_SHARED ((uint64_t)1 << 62)
+#define KPAGE_LOCKED ((uint64_t)1 << 63)
+
+#define atomic_read(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define atomic_set(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+#define atomic_add(p, n) ((void)__atomic_fetch_add((p), (n), __ATOMIC_SEQ_CST))
+
+struct kernel_state {
+    struct plain_state plain; /* src, dst, nr_ptes, nr_pages and the layout's bits; not its counters */
+    struct kernel_page *pages;
+    uint64_t dst_mm_id;
+    int large_mapcount, mm_id, page_mapcount;
+};
+
+static inline struct kernel_page *kernel_folio(const struct kernel_state *s, struct kernel_page *page)
+{
+    uint64_t head = atomic_read(&page->compound_head);
+    return head & 1 ? s->pages + (head >> 1) : page;
+}
+
+/* v6.15: the large mapcount and the counts of two owners under one bit lock. */
+static inline void kernel_add_mm_mapping(const struct kernel_state *s, struct kernel_page *folio, int32_t nr)
+{
+    struct kernel_page *second = folio + 1;
+    const uint64_t id_mask = ((uint64_t)1 << KPAGE_ID_BITS) - 1, mm = s->dst_mm_id;
+    while (__atomic_fetch_or(&second->mm_ids, KPAGE_LOCKED, __ATOMIC_ACQUIRE) & KPAGE_LOCKED)
+        ;
+    uint64_t ids = atomic_read(&second->mm_ids);
+    uint64_t id0 = ids & id_mask, id1 = ids >> KPAGE_ID_BITS & id_mask;
+    second->large_mapcount += nr;
+    if (id0 == mm) {
+        second->mm_id_mapcount[0] += nr;
+    } else if (id1 == mm) {
+        second->mm_id_mapcount[1] += nr;
+    } else if (!id0) {
+        ids |= mm | (second->large_mapcount != nr ? KPAGE_SHARED : 0);
+        second->mm_id_mapcount[0] = nr;
+    } else if (!id1) {
+        ids |= mm << KPAGE_ID_BITS | KPAGE_SHARED;
+        second->mm_id_mapcount[1] = nr;
+    }
+    __atomic_store_n(&second->mm_ids, ids & ~KPAGE_LOCKED, __ATOMIC_RELEASE);
+}
+
+static inline void kernel_dup(const struct kernel_state *s, struct kernel_page *folio, struct kernel_page *page,
+                              int32_t nr)
+{
+    int large = (atomic_read(&folio->flags) & KPAGE_HEAD) != 0, anon = atomic_read(&folio->mapping) & 1;
+    atomic_add(&folio->refcount, nr);
+    for (int32_t k = 0; k < nr; k++) {
+        if (anon && atomic_read(&page[k].flags) & KPAGE_ANON_EXCLUSIVE)
+            (void)__atomic_fetch_and(&page[k].flags, ~KPAGE_ANON_EXCLUSIVE, __ATOMIC_SEQ_CST);
+        if (!large || s->page_mapcount)
+            atomic_add(&page[k].mapcount, 1);
+    }
+    if (large && s->mm_id)
+        kernel_add_mm_mapping(s, folio, nr);
+    else if (large && s->large_mapcount)
+        atomic_add(&folio[1].large_mapcount, nr);
+}
+
+/* The hardware may set bits meanwhile: hence a compare-and-exchange (v6.6, SavedDirty). */
+static inline void kernel_set_wrprotect(const struct plain_state *s, uint64_t *ptep)
+{
+    uint64_t old = atomic_read(ptep);
+    while (!__atomic_compare_exchange_n(ptep, &old, plain_wrprotect(s, old), 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+        ;
+}
+
+/* Returns nr_ptes, or the first entry that maps no page of the state. */
+static inline size_t kernel_copy(const struct kernel_state *state, int batched)
+{
+    const struct kernel_state k = *state;
+    const struct plain_state *const s = &k.plain;
+    const uint64_t step = (uint64_t)1 << s->pfn_shift;
+    size_t i = 0;
+    while (i < s->nr_ptes) {
+        uint64_t pte = atomic_read(s->src + i), writable = pte;
+        size_t page = ((pte & s->pfn_mask) >> s->pfn_shift) - s->base, nr = 1;
+        if (!(pte & s->present) || page >= s->nr_pages)
+            return i;
+        struct kernel_page *folio = kernel_folio(&k, k.pages + page);
+        if (batched && atomic_read(&folio->flags) & KPAGE_HEAD) {
+            size_t max_nr = (size_t)(folio - k.pages) + ((size_t)1 << folio[1].order) - page;
+            size_t left = s->ptrs_per_pte - i % s->ptrs_per_pte;
+            if (left > s->nr_ptes - i)
+                left = s->nr_ptes - i;
+            if (max_nr > left)
+                max_nr = left;
+            uint64_t expected = plain_wrprotect(s, pte) & ~s->young;
+            for (; nr < max_nr; nr++) {
+                uint64_t next = atomic_read(s->src + i + nr);
+                expected += step;
+                if ((plain_wrprotect(s, next) & ~s->young) != expected)
+                    break;
+                writable |= next;
+            }
+        }
+        kernel_dup(&k, folio, k.pages + page, (int32_t)nr);
+        if (writable & s->write) {
+            for (size_t j = i; j < i + nr; j++)
+                kernel_set_wrprotect(s, s->src + j);
+            pte = plain_wrprotect(s, pte);
+        }
+        pte &= ~s->young;
+        for (size_t j = i; j < i + nr; j++, pte += step)
+            atomic_set(s->dst + j, pte);
+        i += nr;
+    }
+    return s->nr_ptes;
+}
+
+static inline size_t kernel_copy_single(const struct kernel_state *state)
+{
+    return kernel_copy(state, 0);
+}
+
+static inline size_t kernel_copy_batched(const struct kernel_state *state)
+{
+    return kernel_copy(state, 1);
 }
 
 #endif

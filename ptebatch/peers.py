@@ -26,8 +26,9 @@ from ptebatch import _measure, arch
 from ptebatch.arch import PteLayout
 from ptebatch.errors import ArgumentError, StateError
 from ptebatch.mm import Mm, pte_pfns
+from ptebatch.semantics import KernelSemantics
 
-__all__ = ["PEERS", "Flat", "Peer", "available", "flatten"]
+__all__ = ["PEERS", "Flat", "KernelPages", "Peer", "available", "flatten", "kernel_layout", "kernel_pages"]
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -278,6 +279,101 @@ def copy_c_single(flat: Flat) -> None:
 def copy_c_batched(flat: Flat) -> None:
     """Copy in plain scalar C, batched as the kernel does it (measure.h ``plain_copy_batched``)."""
     _copy_c(flat, True)
+
+
+# --- the kernel's memory layout ---------------------------------------------------------------------------------------
+KERNEL_PAGE = np.dtype(
+    [
+        ("flags", "<u8"), ("compound_head", "<u8"), ("mapping", "<u8"), ("mm_ids", "<u8"),
+        ("mm_id_mapcount", "<i4", 2), ("large_mapcount", "<i4"), ("order", "<u4"), ("mapcount", "<i4"),
+        ("refcount", "<i4"), ("memcg", "<u8"),
+    ]
+)  # fmt: skip
+"""A page's record, 64 bytes: ``struct kernel_page`` of measure.h. A large folio's own fields are in its second page."""
+if KERNEL_PAGE.itemsize != _measure.KERNEL_PAGE_BYTES:
+    raise ImportError("the compiled extension is of another version; rebuild it: make test")
+PG_HEAD, PG_ANON_EXCLUSIVE, MAPPING_ANON = 1 << 6, 1 << 17, 1
+MM_ID_BITS = 20
+MM_ID_SHARED = 1 << 62
+PARENT_ID, CHILD_ID = 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class KernelPages:
+    """Entries and page records of one area, laid out as the kernel has them.
+
+    Attributes
+    ----------
+    src, dst : numpy.ndarray
+        uint64[n].
+    pages : numpy.ndarray
+        `KERNEL_PAGE` [pages], aligned to 64 bytes: a whole memmap from the first to the last folio of the area.
+    flat : Flat
+        What they were made of.
+    """
+
+    src: U64
+    dst: U64
+    pages: npt.NDArray[np.void]
+    flat: Flat
+
+
+def kernel_pages(flat: Flat) -> KernelPages:
+    """Lay a `Flat` out as the kernel does. All of each folio must be in it: raises StateError otherwise."""
+    nr_pages = len(flat.folio_of)
+    room = np.zeros((nr_pages + 1) * KERNEL_PAGE.itemsize, dtype=np.uint8)
+    at = -room.ctypes.data % KERNEL_PAGE.itemsize
+    pages = room[at : at + nr_pages * KERNEL_PAGE.itemsize].view(KERNEL_PAGE)
+    nr = np.bincount(flat.folio_of, minlength=len(flat.refcount))
+    heads = flat.folio_end - nr
+    if (nr & (nr - 1)).any() or (heads < 0).any() or (flat.folio_of[heads] != np.arange(len(nr))).any():
+        raise StateError("only part of a folio is in the area: choose a size its folios divide")
+    large = nr > 1
+    head_of = heads[flat.folio_of]
+    tail = head_of != np.arange(nr_pages)
+    pages["flags"] = flat.exclusive.astype(np.uint64) * np.uint64(PG_ANON_EXCLUSIVE)
+    pages["flags"][heads[large]] |= np.uint64(PG_HEAD)
+    pages["compound_head"][tail] = (head_of[tail] << 1 | 1).astype(np.uint64)
+    pages["mapping"][heads] = MAPPING_ANON
+    pages["mapcount"] = flat.mapcount
+    pages["refcount"][heads] = flat.refcount
+    second = heads[large] + 1
+    mapped = np.bincount(flat.folio_of, weights=flat.mapcount, minlength=len(nr)).astype(np.int32)[large]
+    pages["order"][second] = np.log2(nr[large]).astype(np.uint32)
+    pages["large_mapcount"][second] = mapped
+    pages["mm_ids"][second] = PARENT_ID
+    pages["mm_id_mapcount"][second, 0] = mapped
+    return KernelPages(flat.src.copy(), flat.dst.copy(), pages, flat)
+
+
+def kernel_layout(semantics: KernelSemantics, *, batched: bool) -> Peer:
+    """Return fork's copy on the kernel's memory layout, with the counters a kernel version keeps.
+
+    Counters and flags are changed by locked instructions, the large mapcount and MM-ID slots as the version does it;
+    an entry is write-protected by compare-and-exchange. The function is in measure.h (``kernel_copy``).
+    """
+    keeps = (semantics.large_mapcount, semantics.mm_id, not semantics.config.no_page_mapcount)
+
+    def run(state: KernelPages) -> None:
+        records = state.pages.view(np.uint8)
+        done = _measure.py_kernel_copy(state.src, state.dst, records, _words(state.flat), CHILD_ID, *keeps, batched)
+        if done != len(state.src):
+            raise ArgumentError(f"entry {done} of src maps no page of the area")
+
+    def reset(state: KernelPages, flat: Flat) -> None:
+        fresh = kernel_pages(flat)
+        state.src[...], state.dst[...], state.pages[...] = fresh.src, fresh.dst, fresh.pages
+
+    def result(state: KernelPages, flat: Flat) -> Flat:
+        end = flat.copy()
+        head = np.flatnonzero(state.pages["compound_head"] & np.uint64(1) == 0)
+        end.src[...], end.dst[...] = state.src, state.dst
+        end.refcount[flat.folio_of[head]] = state.pages["refcount"][head]
+        end.mapcount[...] = state.pages["mapcount"]
+        end.exclusive[...] = state.pages["flags"] & np.uint64(PG_ANON_EXCLUSIVE) != 0
+        return end
+
+    return Peer("kernel-layout", "batched" if batched else "single", run, kernel_pages, reset, result)
 
 
 # --- Numba ------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ __all__ = [
     "format_share",
     "hist_table",
     "inferred_text",
+    "kernel_layout_tables",
     "limit_tables",
     "ktap",
     "pairs_table",
@@ -390,6 +391,46 @@ def limit_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
     return tables
 
 
+def kernel_layout_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
+    """What `ptebatch.bench.run_kernel_layout` measured: a table for each kernel.
+
+    Change from single to batched, the published change and the distance between the two in percentage points, and the
+    operations for each entry that explain it.
+    """
+    published = _by_folio(row for row in rows if row["source"] == "published")
+    mine = [row for row in rows if row["source"] == "kernel-layout"]
+    tables = []
+    for kernel in dict.fromkeys(row["semantics"] for row in mine):
+        table = _table("folio", "single", "batched", "change", "published", "apart", "locked", "ref_add")
+        for size, group in _by_folio(row for row in mine if row["semantics"] == kernel).items():
+            pair = [_one(group, "kernel-layout", path) for path in ("single", "batched")]
+            change = _change(*(row["ns_per_pte"] for row in pair))
+            theirs = _change(*(_ns(published.get(size, ()), "published", path) for path in ("single", "batched")))
+            locked = " > ".join(f"{row['locked_per_pte']:.2f}" for row in pair)
+            references = " > ".join(f"{row['ops']['folio_ref_add']:.2f}" for row in pair)
+            _add(
+                table, _folio(size), *(format_ns(row["ns_per_pte"]) for row in pair), *map(_percent, (change, theirs)),
+                "-" if change is None or theirs is None else f"{change - theirs:+.0f}", locked, references,
+            )  # fmt: skip
+        tables.append((f"kernel-like memory layout, {kernel}", table))
+    return tables
+
+
+KERNEL_LAYOUT_NOTES = """Times in ns per PTE; counts for each PTE, single > batched.
+- locked: instructions with a lock prefix, for counters, flags and entries
+- ref_add: references taken on folios
+- published: the change of the whole fork() system call when v6.8-rc1 got the
+  batching series, on another machine; apart: percentage points between the two"""
+
+
+def _change(before: float | None, after: float | None) -> float | None:
+    return None if not before or after is None else 100 * (after / before - 1)
+
+
+def _percent(change: float | None) -> str:
+    return "-" if change is None else f"{change:+.0f}%"
+
+
 def _one(rows: Iterable[Mapping[str, Any]], source: str, path: str) -> Mapping[str, Any]:
     return next(row for row in rows if (row["source"], row["path"]) == (source, path))
 
@@ -474,3 +515,11 @@ def ktap(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"{'not ok' if row['status'] == 'failed' else 'ok'} {number} {row['name']}{directive}")
     lines.append(f"# {verify_summary(rows)}")
     return "\n".join(lines)
+
+
+BENCH: dict[str, tuple[Any, Any]] = {
+    "bench": (bench_tables, bench_notes),
+    "limit": (limit_tables, None),
+    "kernel-layout": (kernel_layout_tables, lambda rows: KERNEL_LAYOUT_NOTES),
+}
+"""By the ``mode`` of a document: what makes tables of its rows, and what explains those (or None)."""

@@ -151,6 +151,26 @@ def test_memory_that_is_not_plain_is_measured_beside_plain_memory():
     assert write["x_limit"] == pytest.approx(write["ns_per_pte"] / stream["ns_per_pte"])
 
 
+# --- run_kernel_layout ------------------------------------------------------------------------------------------------
+def test_the_kernel_s_layout_beside_the_published_change():
+    seen: list[tuple[int, int]] = []
+    done = bench.run_kernel_layout(
+        size=4 << 20, folios=(4096, 65536), rounds=1, progress=lambda *step: seen.append(step)
+    )
+    assert done["mode"] == "kernel-layout"
+    assert seen[-1] == (len(seen), len(seen))
+    by = {(row["source"], row["semantics"], row["order"], row["path"]): row for row in done["rows"]}
+    assert len(by) == len(done["rows"]) == 2 * 2 * len(bench.LAYOUT_KERNELS) + 4
+    locked = {key[1:]: row["locked_per_pte"] for key, row in by.items() if key[0] == "kernel-layout"}
+    # reference, anon-exclusive, mapcount, entry; and of a large folio, since v6.10, its large mapcount
+    assert locked["v6.9", 0, "single"] == locked["v6.9", 0, "batched"] == locked["v6.18", 0, "batched"] == 4
+    assert locked["v6.9", 4, "single"] == 4
+    assert locked["v6.9", 4, "batched"] == 3 + 1 / 16
+    assert locked["v6.18", 4, "single"] == 5
+    assert locked["v6.18", 4, "batched"] == 3 + 2 / 16
+    assert by["kernel-layout", "v6.9", 4, "batched"]["ops"]["folio_ref_add"] == 1 / 16
+
+
 # --- measure ----------------------------------------------------------------------------------------------------------
 def fake(name: str, log: list[tuple[str, str]]) -> bench.Case:
     def step(what: str):

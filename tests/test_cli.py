@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -94,11 +95,14 @@ def measured(monkeypatch) -> dict:
         return run_bench(progress=progress, **{**kwargs, "size": 4 << 20, "rounds": 1, "folios": (4096,)})
 
     monkeypatch.setattr(bench, "run_bench", on_less)
-    run_limit = bench.run_limit
-    monkeypatch.setattr(
-        bench, "run_limit", lambda **kwargs: run_limit(**{**kwargs, "size": 4 << 20, "rounds": 1, "folios": (4096,)})
-    )
+    for name in ("run_limit", "run_kernel_layout"):
+        small = functools.partial(_on_less, getattr(bench, name))
+        monkeypatch.setattr(bench, name, small)
     return asked
+
+
+def _on_less(run, **kwargs):
+    return run(**{**kwargs, "size": 4 << 20, "rounds": 1, "folios": (4096,)})
 
 
 @pytest.fixture
@@ -356,11 +360,18 @@ def test_bench_against_the_limit(measured):
     assert measured == {}
 
 
+def test_bench_on_the_kernel_s_layout(measured):
+    assert re.search(r"^ *4KiB( +[\d.]+){2} +\S+% +-2%", run("bench", "--kernel-layout").stdout, re.MULTILINE)
+    assert run_json("bench", "--kernel-layout")["mode"] == "kernel-layout"
+
+
 def test_bench_refuses_what_it_cannot_read(measured):
     assert "'--size'" in wrong("bench", "--size", "1GB", "--folio", "4KiB")
     assert "'--folio'" in wrong("bench", "--size", "1GiB", "--folio", "5KiB")
     assert "'--pid'" in wrong("bench", "--pid", "redis")
     assert "'--pid'" in wrong("bench", "--limit", "--pid", "self")
+    assert "'--peers'" in wrong("bench", "--kernel-layout", "--peers")
+    assert "choose one" in wrong("bench", "--kernel-layout", "--limit")
     assert "--rounds" in wrong("bench", "--rounds", 0)
 
 

@@ -11,6 +11,7 @@ import pytest
 from ptebatch import peers
 from ptebatch.errors import ArgumentError, StateError
 from ptebatch.fork import ForkPlan
+from ptebatch.semantics import get
 from ptebatch.workload import make
 
 MEMORY = {
@@ -128,6 +129,50 @@ def test_c_does_not_follow_an_entry_out_of_the_memmap(copy):
     flat.src[20] = 0
     with pytest.raises(ArgumentError, match="entry 20"):
         copy(flat)
+
+
+@pytest.mark.parametrize("kernel", ["v6.9", "v6.10", "v6.18"])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("memory", [name for name in MEMORY if name != "fragmented"])
+def test_the_kernel_s_layout_leaves_what_the_core_leaves(kernel, batched, memory):
+    """Entries and counts of every page, and the counters a kernel version keeps in a folio's second page."""
+    semantics = get(kernel)
+    mm = make(**MEMORY[memory])
+    before = peers.flatten(mm)
+    peer = peers.kernel_layout(semantics, batched=batched)
+    state = peer.fresh(before)
+    peer.run(state)
+    plan = ForkPlan(mm, semantics=semantics, batching=batched)
+    plan.run()
+    assert peer.result(state, before) == peers.flatten(mm, plan.child)
+    for head in mm.folios.heads().tolist():
+        folio = mm.folios.folio(head)
+        if not folio.order:
+            continue
+        second = state.pages[head - before.base + 1]
+        assert second["large_mapcount"] == (folio.large_mapcount if semantics.large_mapcount else folio.nr_pages)
+        if semantics.mm_id:
+            ids = int(second["mm_ids"])
+            mask = (1 << peers.MM_ID_BITS) - 1
+            assert (ids & mask, ids >> peers.MM_ID_BITS & mask) == (peers.PARENT_ID, peers.CHILD_ID)
+            assert list(second["mm_id_mapcount"]) == [count for _, count in folio.mm_ids]
+            assert bool(ids & peers.MM_ID_SHARED) == folio.maybe_mapped_shared
+            assert not ids >> 63
+    peer.reset(state, before)
+    assert peer.result(state, before) == before
+
+
+def test_the_kernel_s_layout_needs_whole_folios_and_known_pages():
+    mm = make(size="1MiB", folio="64KiB")
+    start = mm.vmas[0].start
+    with pytest.raises(StateError, match="part of a folio"):
+        peers.kernel_pages(peers.flatten(mm, start=start, end=start + 3 * 4096))
+    peer = peers.kernel_layout(get("v6.9"), batched=True)
+    state = peer.fresh(peers.flatten(mm))
+    assert state.pages.ctypes.data % 64 == 0 and state.pages.itemsize == 64
+    state.src[20] += np.uint64(1 << 40)
+    with pytest.raises(ArgumentError, match="entry 20"):
+        peer.run(state)
 
 
 def test_the_naive_loop_is_always_there():

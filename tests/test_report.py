@@ -185,6 +185,20 @@ LIMIT = [
 ]
 
 
+def test_the_kernel_s_layout():
+    rows = [
+        measurement("kernel-layout", path, ns, semantics="v6.9", locked_per_pte=locked, ops={"folio_ref_add": refs})
+        for path, ns, locked, refs in (("single", 10.0, 4.0, 1.0), ("batched", 8.0, 3.0625, 0.0625))
+    ]
+    ((heading, table),) = report.kernel_layout_tables([*rows, *(row for row in BENCH if row["source"] == "published")])
+    assert heading.endswith("v6.9")
+    cells = ["64KiB", "10.0", "8.00", "-20%", "-26%", "+6", "4.00", ">", "3.06", "1.00", ">", "0.06"]
+    assert lines(table)[2].split() == cells
+    texts = [*lines(table), *report.KERNEL_LAYOUT_NOTES.splitlines()]
+    assert max(map(len, texts)) <= 80
+    assert lines(report.kernel_layout_tables(rows)[0][1])[2].split()[4:6] == ["-", "-"]
+
+
 def test_targets_and_what_does_not_reach_them():
     tables = [[line.split() for line in lines(table)[2:]] for _, table in report.limit_tables(LIMIT)]
     assert tables == [

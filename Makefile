@@ -20,17 +20,20 @@ SOURCES := setup.py pyproject.toml ptebatch $(wildcard $(addprefix ptebatch/*.,p
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help bench test test-all lint debug check install clean
+.PHONY: help bench test gate test-all lint debug check install clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
-	@echo '  ARGS="..." is passed on by bench and test; PYTHON=python3.12 chooses the interpreter.'
+	@echo '  ARGS="..." is passed on by bench, test and gate; PYTHON=python3.12 chooses the interpreter.'
 
 bench: $(VENV)/.installed  ## single-PTE, batched and naive copying side by side, on synthetic and real page tables
 	@$(BIN)/ptebatch bench $(ARGS)
 
 test: $(VENV)/.installed  ## the test suite
 	@PYTHONSAFEPATH=1 $(BIN)/python -m pytest $(ARGS)
+
+gate: $(VENV)/.installed  ## did the engine change? counts, instructions
+	@$(BIN)/ptebatch gate $(ARGS)
 
 debug:  ## the suite on the bounds-checked build, few Hypothesis examples
 	@PTEBATCH_DEBUG=1 HYPOTHESIS_PROFILE=small $(MAKE) --no-print-directory test

@@ -12,8 +12,9 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
@@ -942,3 +943,122 @@ def pte(
     from ptebatch import report
 
     _print(*map(report.decode_table, decoded))
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+gate_app = typer.Typer(invoke_without_command=True)
+app.add_typer(gate_app, name="gate")
+
+Baselines = Annotated[
+    Path, typer.Option("--baselines", metavar="DIR", help="Directory of the committed files.", show_default=True)
+]
+LevelNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--level", metavar="NAME", help="Only this level; can be repeated. [default: all]", show_default=False
+    ),
+]
+
+
+@contextmanager
+def _level_progress() -> Iterator[Callable[[str], Progress]]:
+    """Show a bar for one level after the other; yields what makes the next level's callback of its name."""
+    with ExitStack() as stack:
+
+        def begin(name: str) -> Progress:
+            stack.close()
+            return stack.enter_context(_progress(name, still=True))
+
+        yield begin
+
+
+@gate_app.callback(
+    epilog=_examples(
+        "ptebatch gate",
+        "ptebatch gate --level counts --require counts",
+        "ptebatch gate --json --junit gate.xml",
+        'ptebatch gate baseline --reason "v6.20: fork reads each entry once less"',
+    )
+)
+def gate(
+    ctx: typer.Context,
+    levels: LevelNames = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--require",
+            metavar="NAME",
+            help="Exit 2 if this level is inconclusive; can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    baselines: Baselines = Path("benchmarks"),
+    junit: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE", help="Also write JUnit XML.", show_default=False)
+    ] = None,
+    annotate: Annotated[
+        bool, typer.Option("--annotations", help="Write annotations for GitHub to stderr. [default: if run by it]")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Did the engine change? Counts, instructions, time.
+
+    Exit codes: 1 a level failed; 2 a level named by --require is inconclusive; 0 otherwise. What this machine cannot
+    know is inconclusive, never a pass.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from ptebatch import gate as gating
+
+    for option, names in (("--level", levels), ("--require", require)):
+        for name in names or ():
+            if name not in gating.LEVELS:
+                _usage(f"{name!r} is no level; the levels are {', '.join(gating.LEVELS)}", option)
+    with _level_progress() as progress:
+        document = gating.run_gate(levels or (), baselines=baselines, progress=progress)
+    code = gating.exit_code(document, require or ())
+    document["exit_code"] = code
+    if junit is not None:
+        junit.write_text(gating.junit(document), encoding="utf-8")
+    if annotate or os.environ.get("GITHUB_ACTIONS"):
+        sys.stderr.writelines(f"{line}\n" for line in gating.github_annotations(document))
+    if as_json:
+        _json(document)
+    else:
+        from ptebatch import report
+
+        found = report.gate_findings(document["levels"])
+        _print(report.gate_table(document["levels"]), *([found] if found else []))
+    if code:
+        raise typer.Exit(code)
+
+
+@gate_app.command(
+    epilog=_examples(
+        'ptebatch gate baseline --reason "batches across VMAs"',
+        'ptebatch gate baseline --level counts --case "fork batched v6.18 size=1GiB,folio=64KiB" --reason "ours"',
+    )
+)
+def baseline(
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why it changes.", show_default=False)],
+    levels: LevelNames = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--case",
+            metavar="CASE",
+            help="Add 'OPERATION PATH KERNEL WORKLOAD' to what is counted; can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    baselines: Baselines = Path("benchmarks"),
+) -> None:
+    """Write what this build does as the baseline; the only way to change one."""
+    from ptebatch import gate as gating
+
+    for name in levels or ():
+        if name not in gating.WRITERS:
+            _usage(f"{name!r} has no baseline; these have: {', '.join(gating.WRITERS)}", "--level")
+    with _level_progress() as progress:
+        notes = gating.write_baselines(reason, levels or (), baselines=baselines, cases=cases or (), progress=progress)
+    _print("\n".join(notes))

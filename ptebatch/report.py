@@ -28,6 +28,8 @@ __all__ = [
     "format_count",
     "format_percent",
     "format_share",
+    "gate_findings",
+    "gate_table",
     "hist_table",
     "inferred_text",
     "kernel_layout_tables",
@@ -523,3 +525,21 @@ BENCH: dict[str, tuple[Any, Any]] = {
     "kernel-layout": (kernel_layout_tables, lambda rows: KERNEL_LAYOUT_NOTES),
 }
 """By the ``mode`` of a document: what makes tables of its rows, and what explains those (or None)."""
+
+
+# --- gate -------------------------------------------------------------------------------------------------------------
+def gate_table(levels: Iterable[Mapping[str, Any]]) -> Table:
+    """One line per level of the gate: rows of `ptebatch.gate.Level.to_dict`."""
+    table = _table("level", "", "result", "", left=("result", ""))
+    for level in levels:
+        _add(table, str(level["level"]), level["name"], level["status"], level["summary"])
+    return table
+
+
+def gate_findings(levels: Iterable[Mapping[str, Any]]) -> str:
+    """What the levels of the gate found, line by line, and their notes; empty if there is nothing to say."""
+    lines = []
+    for level in levels:
+        lines += [f"{level['name']}: {finding['case']}: {finding['what']}" for finding in level["findings"]]
+        lines += [f"{level['name']}: note: {note}" for note in level["notes"]]
+    return "\n".join(lines)

@@ -24,7 +24,7 @@ FLOORS = [
     {"explain", "fork", "fault"},
     {"capture", "snapshot", "workload"},
     {"live", "peers", "subject"},
-    {"bench", "verify"},
+    {"bench", "gate_worker", "verify"},
     {"gate"},
     {"report"},
     {"cli"},

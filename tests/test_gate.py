@@ -1,0 +1,311 @@
+"""The gate: what it compares, and what it makes of the comparison."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from ptebatch import cli, gate, gate_worker
+from ptebatch.errors import ArgumentError, PtebatchError, StateError
+from ptebatch.gate_worker import Case
+
+COMMITTED = Path(__file__).resolve().parent.parent / gate.BASELINES
+CASE = "fork batched v6.18 size=1MiB,folio=64KiB"
+OTHER = "wrprotect single v6.18 size=1MiB,folio=4KiB"
+
+
+@pytest.fixture
+def baselines(tmp_path: Path) -> Path:
+    gate.write_baselines("a test", ["counts"], baselines=tmp_path, cases=[CASE, OTHER])
+    return tmp_path
+
+
+def edit(baselines: Path, level: str, change) -> None:
+    path = baselines / f"gate-{level}.json"
+    document = json.loads(path.read_text())
+    change(document["baselines"])
+    path.write_text(json.dumps(document))
+
+
+def level(status: str, name: str = "counts", **more) -> dict:
+    return gate.Level(1, name, status, f"it is {status}", **more).to_dict()
+
+
+def run(*args: object, code: int = 0):
+    result = CliRunner().invoke(cli.app, ["gate", *map(str, args)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+def test_the_text_of_a_case_is_read_back():
+    assert str(Case.parse(CASE)) == CASE
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["fork batched v6.18", "knife batched v6.18 size=1MiB", "fork both v6.18 size=1MiB", "fork single v5.0 size=1MiB",
+     "fork single v6.18 size=1MB"],
+)  # fmt: skip
+def test_a_case_that_does_not_exist_is_refused(text):
+    with pytest.raises(PtebatchError):
+        Case.parse(text)
+
+
+def test_the_cases_of_every_level_exist_and_differ():
+    for cases in gate.CASES.values():
+        assert [str(Case.parse(case)) for case in cases] == list(dict.fromkeys(cases))
+
+
+@pytest.mark.parametrize("operation", gate_worker.OPERATIONS)
+@pytest.mark.parametrize("path", gate_worker.PATHS)
+def test_a_case_does_the_same_again_after_a_reset(operation, path):
+    prepared = gate_worker.prepare(Case(operation, path, "v6.18", "size=1MiB,folio=4KiB+64KiB,clean=0.3"))
+
+    def once():
+        (stats,) = prepared.run()
+        return stats.to_dict(), [mm.entries.tobytes() for mm in prepared.mms], prepared.mms[0].folios.copy()
+
+    first = once()
+    prepared.reset()
+    assert once() == first
+
+
+def test_counts_tell_the_paths_apart_and_show_what_is_left_behind():
+    single, batched = (
+        gate_worker.counts(Case("fork", path, "v6.18", "size=1MiB,folio=64KiB")) for path in gate_worker.PATHS
+    )
+    assert (single["folio_ref_add"], batched["folio_ref_add"]) == (256, 16)
+    assert batched["batch_hist[16]"] == 16
+    left = {name: n for name, n in single.items() if name.startswith("left_")}
+    assert left == {name: n for name, n in batched.items() if name.startswith("left_")}
+    assert left["left_refcounts"] == left["left_mapcounts"] == left["left_rss"] == 512
+
+
+def test_a_case_may_be_made_larger():
+    case = Case.parse(CASE)
+    nr = [sum(stats.ptes_present for stats in gate_worker.prepare(case, scale).run()) for scale in (1.0, 1.25)]
+    assert nr == [256, 320]
+
+
+# --- level 1 ----------------------------------------------------------------------------------------------------------
+def test_the_committed_counts_are_those_of_the_default_cases_and_more():
+    committed = json.loads((COMMITTED / "gate-counts.json").read_text())["baselines"][""]
+    assert set(gate.CASES["counts"]) <= set(committed["cases"])
+    assert committed["reason"]
+
+
+def test_equal_counts_pass(baselines):
+    found = gate.check_counts(baselines)
+    assert (found.status, found.findings) == ("pass", [])
+
+
+def test_a_count_that_moved_fails_and_is_named(baselines):
+    edit(baselines, "counts", lambda known: known[""]["cases"][CASE].update(folio_ref_add=15))
+    found = gate.check_counts(baselines)
+    assert found.status == "fail"
+    assert found.findings == [{"case": CASE, "what": "folio_ref_add 15 -> 16 (+1)"}]
+
+
+def test_a_reference_too_many_is_seen_though_no_counter_counts_it(baselines, monkeypatch):
+    fork = gate_worker.OPERATIONS["fork"]
+
+    def careless(*args):
+        prepared = fork(*args)
+
+        def run():
+            done = prepared.run()
+            folios = prepared.mms[0].folios
+            for head in folios.heads().tolist():
+                folios.folio(head).refcount += 1
+            return done
+
+        return gate_worker.Prepared(run, prepared.reset, prepared.mms)
+
+    monkeypatch.setitem(gate_worker.OPERATIONS, "fork", careless)
+    (finding,) = gate.check_counts(baselines).findings
+    assert finding == {"case": CASE, "what": "left_refcounts 512 -> 528 (+16)"}
+
+
+def test_without_a_file_the_counts_are_inconclusive(tmp_path):
+    found = gate.check_counts(tmp_path)
+    assert found.status == "inconclusive"
+    assert "gate-counts.json" in found.summary
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99, "baselines": {}}'])
+def test_a_file_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "gate-counts.json").write_text(text)
+    with pytest.raises(StateError, match=r"gate-counts\.json"):
+        gate.check_counts(tmp_path)
+
+
+# --- level 2 ----------------------------------------------------------------------------------------------------------
+ENV = {"compiler": "gcc 12.2", "flags": "-Wall -Werror -O3", "cython": "3.1.0"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"compiler": "gcc 13"}, {"flags": "-O2"}, {"cython": "3.1.1"}, {"flags": "-Wall -O3 -march=native"}]
+)
+def test_the_key_of_instructions_changes_with_what_decides_them(change):
+    assert gate.instructions_key(ENV | change, "avx2") != gate.instructions_key(ENV, "avx2")
+    assert gate.instructions_key(ENV, "scalar") != gate.instructions_key(ENV, "avx2")
+
+
+def test_warnings_are_no_part_of_the_key():
+    assert gate.instructions_key(ENV | {"flags": "-O3"}, "avx2") == gate.instructions_key(ENV, "avx2")
+
+
+def test_callgrind_output_without_a_total_is_an_error():
+    assert gate.parse_callgrind("events: Ir\nsummary: 1234\n\ntotals: 1234\n") == 1234
+    with pytest.raises(StateError, match="no total"):
+        gate.parse_callgrind("events: Ir\n")
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """Instructions are not counted but made up: a dict to change."""
+    counted = dict.fromkeys(gate.CASES["instructions"], 1000)
+    monkeypatch.setattr(gate, "count_instructions", lambda cases, simd: dict(counted))
+    monkeypatch.setattr(gate, "_unfit", lambda **_: None)
+    gate.write_baselines("a test", ["instructions"], baselines=tmp_path)
+    return counted
+
+
+@pytest.mark.parametrize(("n", "status"), [(1000, "pass"), (1020, "pass"), (1021, "fail"), (900, "pass")])
+def test_instructions_may_grow_by_two_percent(counted, tmp_path, n, status):
+    name = next(iter(counted))
+    counted[name] = n
+    found = gate.check_instructions(tmp_path)
+    assert found.status == status
+    assert {finding["case"] for finding in found.findings} == ({name} if status == "fail" else set())
+    assert any("AVX-512 is not covered" in note for note in found.notes)
+
+
+def test_another_compiler_has_no_baseline(counted, tmp_path, monkeypatch):
+    environment = gate.bench.environment()
+    monkeypatch.setattr(gate.bench, "environment", lambda: environment | {"compiler": "another 1.0"})
+    found = gate.check_instructions(tmp_path)
+    assert found.status == "inconclusive"
+    assert "another 1.0" in found.summary
+    gate.write_baselines("another compiler", ["instructions"], baselines=tmp_path)
+    assert gate.check_instructions(tmp_path).status == "pass"
+    known = json.loads((tmp_path / "gate-instructions.json").read_text())["baselines"]
+    assert [baseline["reason"] for baseline in known.values()] == ["another compiler", "a test"]  # the first one stays
+
+
+def test_without_valgrind_instructions_are_inconclusive(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    found = gate.check_instructions(tmp_path)
+    assert found.status == "inconclusive"
+    (note,) = gate.write_baselines("a test", ["instructions"], baselines=tmp_path)
+    assert found.summary in note
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gate._unfit(valgrind=True) is not None, reason=str(gate._unfit(valgrind=True)))
+def test_callgrind_sees_the_walk_and_little_else():
+    sizes = [CASE, CASE.replace("1MiB", "2MiB"), CASE.replace("1MiB", "3MiB")]
+    first, second, third = gate.count_instructions(sizes, "scalar").values()
+    assert first > second - first > 256  # at least one instruction for each of 256 entries
+    assert third - second == pytest.approx(second - first, rel=0.1)  # in proportion to the entries
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+def test_a_baseline_needs_a_reason(tmp_path):
+    with pytest.raises(ArgumentError, match="reason"):
+        gate.write_baselines(" ", baselines=tmp_path)
+    run("baseline", "--baselines", tmp_path, code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_baseline_that_would_say_the_same_stays(baselines):
+    before = (baselines / "gate-counts.json").read_text()
+    assert gate.write_baselines("again", ["counts"], baselines=baselines) == ["counts: nothing changed"]
+    assert (baselines / "gate-counts.json").read_text() == before
+
+
+def test_a_case_is_added_to_those_there_are(baselines):
+    third = CASE.replace("64KiB", "16KiB")
+    gate.write_baselines("one more", ["counts"], baselines=baselines, cases=[third])
+    known = json.loads((baselines / "gate-counts.json").read_text())["baselines"][""]
+    assert list(known["cases"]) == [CASE, OTHER, third]
+    assert known["reason"] == "one more"
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("statuses", "require", "code"),
+    [
+        ([], [], 0),
+        (["pass", "inconclusive"], [], 0),
+        (["pass", "inconclusive"], ["counts"], 0),
+        (["pass", "inconclusive"], ["instructions"], 2),
+        (["pass"], ["instructions"], 2),
+        (["fail", "inconclusive"], ["instructions"], 1),
+    ],
+)
+def test_exit_codes(statuses, require, code):
+    levels = [level(status, name) for status, name in zip(statuses, gate.LEVELS, strict=False)]
+    assert gate.exit_code({"levels": levels}, require) == code
+
+
+def test_junit_says_what_failed_and_what_is_not_known():
+    findings = [{"case": "a & b", "what": "1 < 2"}]
+    levels = [level("pass"), level("fail", "instructions", findings=findings), level("inconclusive", "time")]
+    suite = ElementTree.fromstring(gate.junit({"levels": levels}).partition("\n")[2])
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("3", "1", "1")
+    assert [[child.tag for child in case] for case in suite] == [
+        ["system-out"],
+        ["failure", "system-out"],
+        ["skipped", "system-out"],
+    ]
+    assert suite[1][0].text == "a & b: 1 < 2"
+
+
+def test_annotations_keep_to_one_line_each():
+    findings = [{"case": "x", "what": "100 %"}]
+    lines = gate.github_annotations(
+        {"levels": [level("pass"), level("fail", findings=findings), level("inconclusive")]}
+    )
+    assert lines == [
+        "::error title=ptebatch gate, counts::it is fail%0Ax: 100 %25",
+        "::warning title=ptebatch gate, counts::it is inconclusive",
+    ]
+
+
+def test_the_command_reports_and_exits(baselines, monkeypatch):
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    only = ("--level", "counts", "--baselines", baselines)
+    assert "pass" in run(*only).stdout
+    edit(baselines, "counts", lambda known: known[""]["cases"][CASE].pop("batches"))
+    result = run(*only, "--json", "--junit", baselines / "gate.xml", "--annotations", code=1)
+    document = json.loads(result.stdout)
+    assert document["exit_code"] == 1
+    assert document["levels"][0]["findings"] == [{"case": CASE, "what": "batches 0 -> 16 (+16)"}]
+    assert result.stderr.startswith("::error ")
+    assert ElementTree.parse(baselines / "gate.xml").getroot().get("failures") == "1"
+    assert "batches 0 -> 16 (+16)" in run(*only, code=1).stdout
+
+
+def test_a_level_that_must_be_known_and_is_not(tmp_path):
+    only = ("--level", "counts", "--baselines", tmp_path)
+    assert "inconclusive" in run(*only).stdout
+    run(*only, "--require", "counts", code=2)
+
+
+@pytest.mark.parametrize("option", ["--level", "--require"])
+def test_a_level_that_does_not_exist_is_a_usage_error(option):
+    assert "no level" in run(option, "vibes", code=2).stderr
+
+
+def test_baseline_on_the_command_line(tmp_path):
+    result = run("baseline", "--reason", "a test", "--level", "counts", "--case", CASE, "--baselines", tmp_path)
+    assert "gate-counts.json" in result.stdout
+    run("--level", "counts", "--baselines", tmp_path, "--require", "counts")

@@ -257,6 +257,17 @@ def check_segment(ctx: ForkContext, src_mm: Mm, start: Any, end: Any) -> tuple[i
     return first, last
 
 
+def refuse_large_leaves(mm: Mm, vma: Vma) -> None:
+    """Refuse what only fork knows yet: hugetlb mappings and PMD leaves; an error names the first in a VMA."""
+    if vma.vm_flags & arch.VM_HUGETLB or vma.vm_ops == "hugetlb":
+        raise UnsupportedEntryError(address=vma.start, kind="hugetlb mapping")
+    shift = mm.layout.page_shift
+    for vpn, pmd in zip(mm.pmd_vpns.tolist(), mm.pmd_entries.tolist(), strict=True):
+        overlaps = vpn << shift < vma.end and vma.start < (vpn + mm.layout.ptrs_per_pte) << shift
+        if overlaps and not arch.pte_none(mm.layout, pmd):
+            raise UnsupportedEntryError(address=max(vpn << shift, vma.start), kind="PMD leaf")
+
+
 def check_range_bounds(mm: Any, start: Any, end: Any) -> tuple[int, int]:
     """Byte addresses ``start <= end``, both multiples of the page size."""
     if not isinstance(mm, Mm):

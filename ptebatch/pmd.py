@@ -32,7 +32,16 @@ from ptebatch.mm import (
 )
 from ptebatch.semantics import LATEST, KernelSemantics
 
-__all__ = ["check_leaves", "copy_huge_pmd", "copy_hugetlb_page_range", "leaves", "pmd_pfn", "split_huge_pmd"]
+__all__ = [
+    "check_leaves",
+    "copy_huge_pmd",
+    "copy_hugetlb_page_range",
+    "is_hugetlb",
+    "leaves",
+    "pmd_pfn",
+    "split_huge_pmd",
+    "zap_leaves",
+]
 
 I64 = npt.NDArray[np.int64]
 
@@ -285,7 +294,7 @@ def split_huge_pmd(mm: Mm, addr: int, *, semantics: KernelSemantics = LATEST) ->
     check_leaves(mm, vma, semantics)
 
     if vma.vm_ops is not None:
-        _zap_file_pmd(mm, pmd, kind, addr, semantics)
+        _zap_leaf(mm, vma, types, pmd, semantics)
         _drop_leaf(mm, at)
         return
     if kind == "huge zero":
@@ -337,7 +346,7 @@ def _map_by_ptes(mm: Mm, folio: Folio, semantics: KernelSemantics) -> None:
     by_page = not semantics.config.no_page_mapcount
     nr = folio.nr_pages
     if not folio.entire_mapcount or not folio.refcount or (semantics.large_mapcount and not folio.large_mapcount):
-        raise StateError(f"the folio at PFN {folio.pfn:#x} is mapped by a PMD, but its counts do not say so")
+        raise StateError(f"the folio at PFN {folio.pfn:#x} is mapped by a leaf, but its counts do not say so")
     room = folio.refcount + nr <= MAX_COUNTER and folio.large_mapcount + nr <= MAX_COUNTER
     if not room or (by_page and any(page.mapcount >= MAX_MAPCOUNT for page in pages)):
         raise StateError(f"a count of the folio at PFN {folio.pfn:#x} has reached the limit")
@@ -356,30 +365,91 @@ def _map_by_ptes(mm: Mm, folio: Folio, semantics: KernelSemantics) -> None:
             folio.remove_mm_mapping(mm.mm_id, 1)
 
 
-def _zap_file_pmd(mm: Mm, pmd: int, kind: str, addr: int, semantics: KernelSemantics) -> None:
-    """Unmap the PMD leaf of a file or shmem mapping."""
-    if kind in ("special", "huge zero"):
+def zap_leaves(mm: Mm, start: int, end: int, *, semantics: KernelSemantics = LATEST) -> tuple[int, int]:
+    """Unmap the leaves in a range; those that lie in it only in part are split, and their pages left to the caller.
+
+    Parameters
+    ----------
+    mm : Mm
+        Its two pools, rss and folios are written; folios without references are freed.
+    start, end : int
+        Byte addresses.
+    semantics : KernelSemantics
+
+    Returns
+    -------
+    zapped, freed : int
+        Leaves taken away, and folios that lost their last reference.
+
+    Raises
+    ------
+    ArgumentError
+        A hugetlb leaf lies in the range only in part.
+    PfnError, StateError, UnsupportedEntryError
+        As `check_leaves`; counts that are lower than the mappings there are.
+
+    Notes
+    -----
+    ``zap_huge_pmd()``, mm/huge_memory.c, and ``__unmap_hugepage_range()``, mm/hugetlb.c, v6.6 to v6.19. Deposited page
+    tables are freed with their leaf.
+    """
+    shift = mm.layout.page_shift
+    types = swap_types(semantics)
+    zapped, freed = 0, len(mm.folios.heads()) if len(mm.pmd_vpns) else 0
+    for vma in mm.vmas:
+        if end <= vma.start or vma.end <= start or not len(leaves(mm, vma.start, vma.end)):
+            continue
+        check_leaves(mm, vma, semantics)
+        for vpn in mm.pmd_vpns[leaves(mm, vma.start, vma.end)].tolist():
+            at = int(np.searchsorted(mm.pmd_vpns, vpn))
+            pmd = int(mm.pmd_entries[at])
+            low, high = vpn << shift, (vpn + _nr_pages(mm, vma, types, pmd)) << shift
+            if high <= start or end <= low or _kind(mm, types, pmd) == "none":
+                continue
+            if start <= low and high <= end:
+                _zap_leaf(mm, vma, types, pmd, semantics)
+                _drop_leaf(mm, at)
+                zapped += 1
+            elif is_hugetlb(vma):
+                raise ArgumentError(f"the hugetlb leaf at {low:#x}-{high:#x} can be unmapped as a whole only")
+            else:
+                split_huge_pmd(mm, low, semantics=semantics)
+    return zapped, freed - len(mm.folios.heads()) if freed else 0
+
+
+def _zap_leaf(mm: Mm, vma: Vma, types: dict[int, str], pmd: int, semantics: KernelSemantics) -> None:
+    """Give back what one leaf holds: the mapping, the reference, the counters."""
+    kind, hugetlb = _kind(mm, types, pmd), is_hugetlb(vma)
+    if kind in ("special", "huge zero") or (hugetlb and kind != "present"):
         return
     present = kind == "present"
     pfn = pmd_pfn(mm.layout, pmd) if present else arch.swp_offset_pfn(mm.layout, pmd)
     if pfn not in mm.folios:
-        raise PfnError(pfn=pfn, address=addr)
+        raise PfnError(pfn=pfn)
     folio = mm.folios.folio(pfn)
-    counter = MM_SHMEMPAGES if folio.swapbacked else MM_FILEPAGES
-    if present:
-        if not folio.entire_mapcount or not folio.refcount:
-            raise StateError(f"the folio at PFN {pfn:#x} is mapped by a PMD, but its counts do not say so")
-        if arch.pte_dirty(mm.layout, pmd):
+    anon, swapbacked, nr = folio.anon, folio.swapbacked, folio.nr_pages
+    if not kind.startswith("migration"):
+        if present and not (anon and not hugetlb) and arch.pte_dirty(mm.layout, pmd):
             folio.dirty = True
-        folio.entire_mapcount -= 1
-        if semantics.large_mapcount:
-            folio.large_mapcount -= 1
-            if semantics.mm_id:
-                folio.remove_mm_mapping(mm.mm_id, 1)
-        folio.refcount -= 1
-        if not folio.refcount:
-            mm.folios.remove(folio.pfn)
-    mm.rss[counter] -= mm.layout.ptrs_per_pte
+        _remove_entire(mm, folio, semantics)
+    if hugetlb:
+        mm.hugetlb_usage -= nr
+    else:
+        mm.rss[MM_ANONPAGES if anon else MM_SHMEMPAGES if swapbacked else MM_FILEPAGES] -= mm.layout.ptrs_per_pte
+
+
+def _remove_entire(mm: Mm, folio: Folio, semantics: KernelSemantics) -> None:
+    """Undo one mapping of a whole folio, and its reference; without references the folio is freed."""
+    if not folio.entire_mapcount or not folio.refcount or (semantics.large_mapcount and not folio.large_mapcount):
+        raise StateError(f"the folio at PFN {folio.pfn:#x} is mapped by a leaf, but its counts do not say so")
+    folio.entire_mapcount -= 1
+    if semantics.large_mapcount:
+        folio.large_mapcount -= 1
+        if semantics.mm_id and not folio.hugetlb:
+            folio.remove_mm_mapping(mm.mm_id, 1)
+    folio.refcount -= 1
+    if not folio.refcount:
+        mm.folios.remove(folio.pfn)
 
 
 def copy_hugetlb_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64) -> int:

@@ -23,7 +23,7 @@ from ptebatch import arch
 from ptebatch.arch import X86_64, PteLayout
 from ptebatch.errors import ArgumentError
 from ptebatch.folio import FolioTable
-from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, Mm, Vma
+from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, Mm, Vma
 
 __all__ = ["ALIGNMENTS", "GRANULARITIES", "PFN_ORDERS", "VMA_KINDS", "Workload", "format_size", "make", "parse"]
 
@@ -49,10 +49,11 @@ _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 
 # One stream of random numbers each; the position in this tuple is part of what a seed means.
 _STREAMS = (
     "interleave", "pfns", "small_pfns", "shift", "holes", "fragmentation", "cut", "cowed", "readonly", "clean", "old",
-    "pinned", "shared", "soft_dirty", "uffd_wp",
+    "pinned", "shared", "soft_dirty", "uffd_wp", "swap", "guard", "pmd",
 )  # fmt: skip
 _SHARES = (
-    "fragmentation", "readonly", "clean", "old", "pinned", "shared", "holes", "cowed", "soft_dirty", "uffd_wp",
+    "fragmentation", "readonly", "clean", "old", "pinned", "shared", "holes", "cowed", "soft_dirty", "uffd_wp", "swap",
+    "guard", "pmd",
 )  # fmt: skip
 _MAPPING = arch.VM_READ | arch.VM_WRITE | arch.VM_MAYREAD | arch.VM_MAYWRITE | arch.VM_MAYEXEC
 _VM_FLAGS = {
@@ -103,8 +104,15 @@ class Workload:
         one), and whatever is dirty is soft-dirty.
     uffd_wp : float
         Share write-protected by userfaultfd, in VMAs with VM_UFFD_WP.
+    swap : float
+        Share of `anon` VMAs that is swapped out, to slots of swap area 0 in the order of addresses; all of it exclusive.
+    guard : float
+        Share of the address space that holds guard markers.
+    pmd : float
+        Share of the whole anonymous folios of 2 MiB that a PMD maps. Needs ``align=natural``.
     granularity : {"folio", "page"}
-        Whether readonly, clean, old, holes, cowed, soft_dirty and uffd_wp fall on whole folios or on single pages.
+        Whether readonly, clean, old, holes, cowed, soft_dirty, uffd_wp, swap and guard fall on whole folios or on
+        single pages.
     pfns : {"shuffled", "sequential"}
         Whether folios of a size lie in physical memory in random order or in the order of their addresses.
     vma : tuple of str
@@ -129,6 +137,9 @@ class Workload:
     cowed: float = 0.0
     soft_dirty: float | None = None
     uffd_wp: float = 0.0
+    swap: float = 0.0
+    guard: float = 0.0
+    pmd: float = 0.0
     granularity: str = "folio"
     pfns: str = "shuffled"
     vma: tuple[str, ...] = ("anon",)
@@ -158,6 +169,8 @@ class Workload:
                 raise ArgumentError(f"{key}={_short(getattr(self, key))}: must be one of {', '.join(allowed)}")
         if not isinstance(self.vma, tuple) or not self.vma or any(kind not in VMA_KINDS for kind in self.vma):
             raise ArgumentError(f"vma={_short(self.vma)}: must be one or more of {', '.join(VMA_KINDS)}, joined by +")
+        if self.pmd and self.align != "natural":
+            raise ArgumentError(f"pmd={self.pmd}: a PMD maps aligned memory, so it needs align=natural")
         if len(self.vma) > self.vmas:
             object.__setattr__(self, "vmas", len(self.vma))
 
@@ -358,6 +371,9 @@ class _Builder:
 
         # What is mapped where: by its block's folio, by a single page of its own, or not at all.
         present = ~np.broadcast_to(self.chosen("holes"), self.nr_pages)
+        guard = present & self.chosen("guard")
+        swapped = present & ~guard & self.chosen("swap") & (kind == VMA_KINDS.index("anon"))
+        present &= ~(guard | swapped)
         off, single = self.cut()
         if w.cowed:
             single |= (kind == VMA_KINDS.index("file")) & self.chosen("cowed")
@@ -386,8 +402,10 @@ class _Builder:
             shared = self.spread(w._choose("shared", len(self.nr), w.shared)) & in_folio
             folios.map_ptes(pfn[shared], mm_id=folios.new_mm_id(), anon_exclusive=None)
         exclusive = anon & present & ~readonly & ~shared
-        mapped = pfn if present.all() else pfn[present]
-        folios.map_ptes(mapped, mm_id=mm_id, anon_exclusive=exclusive if present.all() else exclusive[present])
+        leaf = self.by_pmd(in_folio & (kind == VMA_KINDS.index("anon")))
+        by_pte = present if leaf is None else present & ~self.spread(leaf)
+        mapped = pfn if by_pte.all() else pfn[by_pte]
+        folios.map_ptes(mapped, mm_id=mm_id, anon_exclusive=exclusive if by_pte.all() else exclusive[by_pte])
         has_pinned = self.pin(folios, heads, used, block_anon)
         self.step()
 
@@ -404,10 +422,20 @@ class _Builder:
         values = np.array([self.entry(c, vm_flags[c >> 5]) for c in range(len(VMA_KINDS) << 5)], dtype=np.uint64)[code]
         values += pfn.view(np.uint64) << np.uint64(layout.pfn_shift)
         values[~present] = layout.none_value
+        values[guard] = arch.swp_entry(layout, arch.SWP_PTE_MARKER, arch.PTE_MARKER_GUARD)
+        if swapped.any():
+            slots = np.arange(1, int(np.count_nonzero(swapped)) + 1, dtype=np.uint64)
+            first = arch.pte_swp_mkexclusive(layout, arch.swp_entry(layout, 0, 0))
+            step = arch.swp_entry(layout, 0, 1) - arch.swp_entry(layout, 0, 0)
+            values[swapped] = np.uint64(first) + slots * np.uint64(step & arch.U64_MAX)
+            folios.swap.add(slots)  # of area 0: the key is the offset
         self.step()
 
         vmas, vpns, entries = self.tables(vma_pages, kind_of_vma, vm_flags, values)
         mm = Mm(layout, folios, vmas=vmas, vpns=vpns, entries=entries, has_pinned=has_pinned, mm_id=mm_id, name=str(w))
+        mm.rss[MM_SWAPENTS] = np.count_nonzero(swapped)
+        if leaf is not None:
+            self.map_by_pmd(mm, self.start[leaf], pfn, exclusive)
         mm.rss[MM_ANONPAGES] = np.count_nonzero(anon & present)
         mm.rss[MM_SHMEMPAGES] = np.count_nonzero(shmem & present)
         mm.rss[MM_FILEPAGES] = np.count_nonzero(present) - mm.rss[MM_ANONPAGES] - mm.rss[MM_SHMEMPAGES]
@@ -508,6 +536,33 @@ class _Builder:
             pfn[single] = base + self.physical("small_pfns", nr_single, 0)
         return pfn, heads
 
+    def by_pmd(self, mappable: Bools) -> Bools | None:
+        """Choose the blocks that a PMD maps, among those of 2 MiB whose pages are all mappable; None stands for none."""
+        order = self.layout.ptrs_per_pte.bit_length() - 1
+        whole = (self.orders == order) & (np.add.reduceat(mappable, self.start, dtype=np.int64) == 1 << order)
+        if not self.w.pmd or not whole.any():
+            return None
+        whole[whole] = self.w._choose("pmd", int(np.count_nonzero(whole)), self.w.pmd)
+        return whole
+
+    def map_by_pmd(self, mm: Mm, first: I64, pfn: I64, exclusive: Bools) -> None:
+        """Replace the page tables of blocks, given by their first pages, by leaves. Every block has a table to itself."""
+        start = np.array([vma.start // PAGE for vma in mm.vmas], dtype=np.int64)
+        pages = np.array([(vma.end - vma.start) // PAGE for vma in mm.vmas], dtype=np.int64)
+        vma = np.searchsorted(np.cumsum(pages), first, side="right")
+        rows = np.searchsorted(mm.vpns, start[vma] + first - (np.cumsum(pages) - pages)[vma])
+        keep = np.ones(len(mm.vpns), dtype=bool)
+        keep[rows] = False
+        mm.pmd_vpns, mm.pmd_entries = mm.vpns[~keep], mm.entries[~keep, 0] | np.uint64(self.layout.huge)
+        mm.vpns, mm.entries = mm.vpns[keep], np.ascontiguousarray(mm.entries[keep])
+        for page in first.tolist():
+            folio = mm.folios.folio(int(pfn[page]))
+            folio.refcount += 1
+            folio.entire_mapcount = 1
+            folio.large_mapcount += 1
+            folio.add_mm_mapping(mm.mm_id, 1)
+            mm.folios.page(folio.pfn).anon_exclusive = bool(exclusive[page])
+
     def physical(self, stream: str, n: int, index: int) -> I64:
         return np.arange(n) if self.w.pfns == "sequential" else self.w._permutation(stream, n, index)
 
@@ -526,6 +581,8 @@ class _Builder:
         flags = _VM_FLAGS[kind]
         if self.w.uffd_wp:
             flags |= arch.VM_UFFD_WP
+        if self.w.guard:
+            flags |= arch.VM_MAYBE_GUARD
         if self.w.soft_dirty is None and self.layout.soft_dirty:
             flags |= arch.VM_SOFTDIRTY
         return flags

@@ -17,9 +17,10 @@ import numpy.typing as npt
 from ptebatch import arch
 from ptebatch.errors import ArgumentError, ForkError
 from ptebatch.impls import resolve_batching, resolve_impl
-from ptebatch.mm import STAT_FIELDS, ForkContext, Mm, Vma, copy_state, new_stats
+from ptebatch.mm import STAT_FIELDS, Allocations, ForkContext, Mm, Vma, copy_state, new_stats
 from ptebatch.pmd import check_leaves, copy_huge_pmd, copy_hugetlb_page_range, is_hugetlb, leaves
 from ptebatch.semantics import LATEST, KernelSemantics
+from ptebatch.zap import exit_mmap
 
 VM_UFFD_FLAGS = arch.VM_UFFD_MISSING | arch.VM_UFFD_WP | arch.VM_UFFD_MINOR
 VM_LOCKED_FLAGS = arch.VM_LOCKED | arch.VM_LOCKONFAULT
@@ -133,6 +134,7 @@ class ForkResult:
     stats: ForkStats
     semantics: KernelSemantics
     batching: bool
+    allocations: int
     notes: tuple[str, ...] = ()
 
 
@@ -172,7 +174,7 @@ class ForkPlan:
     ----------
     mm : Mm
         The parent. ``run()`` changes its entries and the memmap as fork does.
-    semantics, batching, impl, pfn_without_page
+    semantics, batching, impl, pfn_without_page, fail_at
         See :func:`fork`.
     keep : bool
         Remember the state before the fork, so that ``reset()`` can bring it back.
@@ -187,22 +189,25 @@ class ForkPlan:
         impl: str = "core",
         pfn_without_page: Literal["error", "as_kernel"] = "error",
         keep: bool = False,
+        fail_at: int | None = None,
     ) -> None:
         if pfn_without_page not in ("error", "as_kernel"):
             raise ArgumentError(f"pfn_without_page={pfn_without_page!r}: choose 'error' or 'as_kernel'")
+        if fail_at is not None and (type(fail_at) is not int or fail_at < 0):
+            raise ArgumentError(f"fail_at={fail_at!r}: the number of an allocation, counted from 0, or None")
         mm.validate()
         self.mm = mm
+        self.allocations = Allocations(fail_at)
         self.semantics = semantics
         self.batching = resolve_batching(semantics, batching)
-        self.impl = resolve_impl(impl)
+        self.impl, self.impl_name = resolve_impl(impl), impl
         self.pfn_without_page: Literal["error", "as_kernel"] = pfn_without_page
         self._saved = copy_state(mm) if keep else None
 
         layout = mm.layout.configured(
             mem_soft_dirty=semantics.config.mem_soft_dirty, shstk=semantics.config.x86_shstk
         )
-        vmas: list[Vma] = []
-        self.contexts: list[ForkContext] = []
+        self._vmas: list[tuple[Vma, ForkContext | None]] = []  # the child's, and how to copy those that are copied
         self._skipped = 0
         mm_id = mm.folios.new_mm_id()
         rows = np.zeros(len(mm.vpns), dtype=bool)
@@ -212,29 +217,31 @@ class ForkPlan:
                 self._skipped += 1
                 continue
             dst_vma = dup_vma(src_vma)
-            vmas.append(dst_vma)
             if src_vma.vm_flags & arch.VM_WIPEONFORK or not vma_needs_copy(dst_vma, src_vma, semantics):
                 self._skipped += 1
+                self._vmas.append((dst_vma, None))
                 continue
-            self.contexts.append(
-                ForkContext(
-                    layout=layout,
-                    semantics=semantics,
-                    folios=mm.folios,
-                    src_vma=src_vma,
-                    dst_vma=dst_vma,
-                    batching=self.batching,
-                    has_pinned=mm.has_pinned,
-                    dst_mm_id=mm_id,
-                    pfn_without_page=pfn_without_page,
-                    src_mm_id=mm.mm_id,
-                )
+            context = ForkContext(
+                layout=layout,
+                semantics=semantics,
+                folios=mm.folios,
+                src_vma=src_vma,
+                dst_vma=dst_vma,
+                batching=self.batching,
+                has_pinned=mm.has_pinned,
+                dst_mm_id=mm_id,
+                pfn_without_page=pfn_without_page,
+                src_mm_id=mm.mm_id,
+                allocations=self.allocations,
             )
+            self._vmas.append((dst_vma, context))
             if not is_hugetlb(src_vma):
                 first, last = mm.rows(src_vma.start, src_vma.end)
                 rows[first:last] = True
             leaf[leaves(mm, src_vma.start, src_vma.end)] = True
         self._vpns, self._pmd_vpns = mm.vpns[rows].copy(), mm.pmd_vpns[leaf].copy()
+        self.contexts = [context for _, context in self._vmas if context is not None]
+        vmas = [vma for vma, _ in self._vmas]
         self.child = Mm(mm.layout, mm.folios, vmas=vmas, vpns=self._vpns, mm_id=mm_id, name=mm.name)
 
     def run(self) -> ForkStats:
@@ -247,7 +254,7 @@ class ForkPlan:
         StateError
             A count that would leave its range, or an entry that contradicts its page; what was copied stays.
         ForkError
-            The fork failed as the kernel's does (``errno`` is ENOMEM).
+            The fork failed as the kernel's does (``errno`` is ENOMEM), and the child has been torn down.
         """
         vmas = [context.src_vma for context in self.contexts]
         self.impl.check_range(
@@ -263,22 +270,33 @@ class ForkPlan:
         self.child.pmd_entries = np.full(len(self._pmd_vpns), self.mm.layout.none_value, dtype=np.uint64)
         stats, leaf_stats = new_stats(self.mm.layout), new_stats(self.mm.layout)
         counts = dict(zip(STAT_FIELDS, range(len(STAT_FIELDS)), strict=True))
+        self.allocations.made = 0
+        self._last_table = -1
         try:
-            for context in self.contexts:
-                leaf_stats[counts["vmas_copied"]] += 1
-                ret = self._copy_vma(context, stats, leaf_stats)
-                if ret:
-                    raise ForkError(
-                        f"fork failed copying {context.src_vma.start:#x}-{context.src_vma.end:#x}: "
-                        f"{errno.errorcode.get(-ret, ret)} becomes ENOMEM",
-                        errno=errno.ENOMEM,
-                    )
+            failed = self._dup_mmap(stats, leaf_stats)
         finally:
             used = self.child.pmd_entries != np.uint64(self.mm.layout.none_value)
             self.child.pmd_vpns, self.child.pmd_entries = self.child.pmd_vpns[used], self.child.pmd_entries[used]
+        if failed is not None:
+            exit_mmap(self.child, semantics=self.semantics, impl=self.impl_name, pfn_without_page=self.pfn_without_page)
+            raise ForkError(f"fork failed {failed}: the child is gone, the parent stays write-protected up to there")
+        leaf_stats[counts["vmas_copied"]] = len(self.contexts)
         leaf_stats[counts["vmas_skipped"]] = self._skipped
         leaf_stats[counts["tables_allocated"]] = len(self.child.vpns)
         return ForkStats.from_array(stats + leaf_stats)
+
+    def _dup_mmap(self, stats: npt.NDArray[np.int64], leaf_stats: npt.NDArray[np.int64]) -> str | None:
+        """Copy VMA by VMA; where it failed and why, or None."""
+        if not self.allocations.allocate():
+            return "before the first VMA (ENOMEM)"
+        for vma, context in self._vmas:
+            where = f"{vma.start:#x}-{vma.end:#x}"
+            if not self.allocations.allocate():
+                return f"before VMA {where} (ENOMEM)"
+            ret = 0 if context is None else self._copy_vma(context, stats, leaf_stats)
+            if ret:  # -EHWPOISON and -EBUSY become -ENOMEM on the way up
+                return f"copying VMA {where} (ENOMEM)"
+        return None if self.allocations.allocate() else "after the last VMA (ENOMEM)"
 
     def _copy_vma(self, context: ForkContext, stats: npt.NDArray[np.int64], leaf_stats: npt.NDArray[np.int64]) -> int:
         """Copy one VMA in the order of its addresses (``copy_page_range`` down to ``copy_pmd_range``)."""
@@ -305,6 +323,11 @@ class ForkPlan:
     def _copy_tables(self, context: ForkContext, start: int, end: int, stats: npt.NDArray[np.int64]) -> int:
         if start == end:
             return 0
+        first, last = self.mm.rows(start, end)
+        if first < last:
+            if int(self.mm.vpns[first]) == self._last_table:
+                context = replace(context, has_first_table=True)
+            self._last_table = int(self.mm.vpns[last - 1])
         ret: int = self.impl.copy_page_range(context, self.child, self.mm, stats, start, end)
         return ret
 
@@ -333,6 +356,7 @@ def fork(
     batching: bool | None = None,
     impl: str = "core",
     pfn_without_page: Literal["error", "as_kernel"] = "error",
+    fail_at: int | None = None,
 ) -> ForkResult:
     """Fork an address space: ``dup_mmap`` over its VMAs, ``copy_page_range`` over their page tables.
 
@@ -349,6 +373,12 @@ def fork(
         The Cython core, or the plain-Python oracle.
     pfn_without_page : {"error", "as_kernel"}
         A present, non-special entry whose PFN has no page: an error, or what the kernel does (copied without counts).
+    fail_at : int, optional
+        Let the allocation of this number fail, counted from 0 in the kernel's order; ``ForkResult.allocations`` says
+        how many there are. They are: the mm; each VMA (its descriptor, policy, anon_vma and accounting have the same
+        outcome); each page table of the child, together with those above it; each table deposited with a PMD; each
+        page for a pinned one, also where it turns out not to be needed; each hugetlb entry's table, and folio if it is
+        copied; each continuation page of a swap map; and what comes after the memory, such as the pid.
 
     Returns
     -------
@@ -362,8 +392,12 @@ def fork(
     SemanticsError
         ``batching=True`` under an unbatched preset.
     ForkError
-        The kernel's fork would have failed too.
+        The kernel's fork would have failed too: for want of memory, for a poisoned page that may be pinned, for the
+        locked folio of a device-exclusive entry. The child is torn down as the kernel does it: counts are what they
+        were, but what had been write-protected, shared or split in the parent stays so.
     """
-    plan = ForkPlan(mm, semantics=semantics, batching=batching, impl=impl, pfn_without_page=pfn_without_page)
+    plan = ForkPlan(
+        mm, semantics=semantics, batching=batching, impl=impl, pfn_without_page=pfn_without_page, fail_at=fail_at
+    )
     stats = plan.run()
-    return ForkResult(plan.child, stats, semantics, plan.batching)
+    return ForkResult(plan.child, stats, semantics, plan.batching, plan.allocations.made)

@@ -395,7 +395,7 @@ def zap_leaves(mm: Mm, start: int, end: int, *, semantics: KernelSemantics = LAT
     """
     shift = mm.layout.page_shift
     types = swap_types(semantics)
-    zapped, freed = 0, len(mm.folios.heads()) if len(mm.pmd_vpns) else 0
+    zapped = freed = 0
     for vma in mm.vmas:
         if end <= vma.start or vma.end <= start or not len(leaves(mm, vma.start, vma.end)):
             continue
@@ -407,39 +407,41 @@ def zap_leaves(mm: Mm, start: int, end: int, *, semantics: KernelSemantics = LAT
             if high <= start or end <= low or _kind(mm, types, pmd) == "none":
                 continue
             if start <= low and high <= end:
-                _zap_leaf(mm, vma, types, pmd, semantics)
+                freed += _zap_leaf(mm, vma, types, pmd, semantics)
                 _drop_leaf(mm, at)
                 zapped += 1
             elif is_hugetlb(vma):
                 raise ArgumentError(f"the hugetlb leaf at {low:#x}-{high:#x} can be unmapped as a whole only")
             else:
                 split_huge_pmd(mm, low, semantics=semantics)
-    return zapped, freed - len(mm.folios.heads()) if freed else 0
+    return zapped, freed
 
 
-def _zap_leaf(mm: Mm, vma: Vma, types: dict[int, str], pmd: int, semantics: KernelSemantics) -> None:
-    """Give back what one leaf holds: the mapping, the reference, the counters."""
+def _zap_leaf(mm: Mm, vma: Vma, types: dict[int, str], pmd: int, semantics: KernelSemantics) -> bool:
+    """Give back what one leaf holds: the mapping, the reference, the counters. Tell whether its folio is free now."""
     kind, hugetlb = _kind(mm, types, pmd), is_hugetlb(vma)
     if kind in ("special", "huge zero") or (hugetlb and kind != "present"):
-        return
+        return False
     present = kind == "present"
     pfn = pmd_pfn(mm.layout, pmd) if present else arch.swp_offset_pfn(mm.layout, pmd)
     if pfn not in mm.folios:
         raise PfnError(pfn=pfn)
     folio = mm.folios.folio(pfn)
     anon, swapbacked, nr = folio.anon, folio.swapbacked, folio.nr_pages
+    freed = False
     if not kind.startswith("migration"):
         if present and not (anon and not hugetlb) and arch.pte_dirty(mm.layout, pmd):
             folio.dirty = True
-        _remove_entire(mm, folio, semantics)
+        freed = _remove_entire(mm, folio, semantics)
     if hugetlb:
         mm.hugetlb_usage -= nr
     else:
         mm.rss[MM_ANONPAGES if anon else MM_SHMEMPAGES if swapbacked else MM_FILEPAGES] -= mm.layout.ptrs_per_pte
+    return freed
 
 
-def _remove_entire(mm: Mm, folio: Folio, semantics: KernelSemantics) -> None:
-    """Undo one mapping of a whole folio, and its reference; without references the folio is freed."""
+def _remove_entire(mm: Mm, folio: Folio, semantics: KernelSemantics) -> bool:
+    """Undo one mapping of a whole folio, and its reference; tell whether that was the last, and the folio is freed."""
     if not folio.entire_mapcount or not folio.refcount or (semantics.large_mapcount and not folio.large_mapcount):
         raise StateError(f"the folio at PFN {folio.pfn:#x} is mapped by a leaf, but its counts do not say so")
     folio.entire_mapcount -= 1
@@ -448,8 +450,10 @@ def _remove_entire(mm: Mm, folio: Folio, semantics: KernelSemantics) -> None:
         if semantics.mm_id and not folio.hugetlb:
             folio.remove_mm_mapping(mm.mm_id, 1)
     folio.refcount -= 1
-    if not folio.refcount:
-        mm.folios.remove(folio.pfn)
+    if folio.refcount:
+        return False
+    mm.folios.remove(folio.pfn)
+    return True
 
 
 def copy_hugetlb_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64) -> int:

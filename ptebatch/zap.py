@@ -17,6 +17,7 @@ from ptebatch.checks import check_range_bounds
 from ptebatch.errors import ArgumentError
 from ptebatch.impls import resolve_batching, resolve_impl
 from ptebatch.mm import PFN_WITHOUT_PAGE, ZAP_STAT_FIELDS, Mm, Vma, WalkStats, new_zap_stats
+from ptebatch.pmd import check_leaves, zap_leaves
 from ptebatch.semantics import LATEST, KernelSemantics
 
 
@@ -50,6 +51,8 @@ class ZapStats(WalkStats):
         Entries of these kinds taken away.
     tables_freed : int
         Page tables given back.
+    leaves : int
+        Leaves above the page tables taken away whole; one that is cut is split first.
     batch_hist : numpy.ndarray
         int64[ptrs_per_pte + 1]: batches of present entries by nr.
     """
@@ -76,6 +79,7 @@ class ZapStats(WalkStats):
     hwpoison_entries: int
     pte_markers: int
     tables_freed: int
+    leaves: int
     batch_hist: npt.NDArray[np.int64]
 
 
@@ -135,7 +139,12 @@ def zap_range(
     mm.validate()
     vmas = [clipped(vma, start, end, mm.layout.page_size) for vma in mm.vmas if start < vma.end and vma.start < end]
     chosen.check_range(mm, vmas, pfn_without_page=pfn_without_page, semantics=semantics)
+    if len(mm.pmd_vpns):
+        for vma in mm.vmas:
+            check_leaves(mm, vma, semantics)
+    leaves, freed = zap_leaves(mm, start, end, semantics=semantics)
     stats = new_zap_stats(mm.layout)
+    stats[ZAP_STAT_FIELDS.index("folios_freed")] = freed
     chosen.zap_range(
         mm,
         start,
@@ -149,7 +158,7 @@ def zap_range(
     )
     n = len(ZAP_STAT_FIELDS)
     counters = dict(zip(ZAP_STAT_FIELDS, stats[:n].tolist(), strict=True))
-    return ZapStats(**counters, tables_freed=0, batch_hist=stats[n:].copy())
+    return ZapStats(**counters, tables_freed=0, leaves=leaves, batch_hist=stats[n:].copy())
 
 
 def munmap(
@@ -224,6 +233,8 @@ def exit_mmap(
     tables = len(mm.vpns)
     mm.vmas = []
     mm.vpns, mm.entries = mm.vpns[:0].copy(), mm.entries[:0].copy()
+    mm.pmd_vpns, mm.pmd_entries = mm.pmd_vpns[:0].copy(), mm.pmd_entries[:0].copy()
+    mm.huge_zero = False
     return replace(stats, tables_freed=tables)
 
 

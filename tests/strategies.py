@@ -414,3 +414,11 @@ def count_rest(mm: Mm, semantics: KernelSemantics) -> None:
                 if folio.order:
                     folio.large_mapcount += 1
                     folio.add_mm_mapping(mm.mm_id, 1)
+    for vpn, pmd in zip(mm.pmd_vpns.tolist(), mm.pmd_entries.tolist(), strict=True):
+        vma = mm.vma_at(vpn << layout.page_shift)
+        kind = "present" if arch.pte_present(layout, pmd) else types.get(arch.swp_type(layout, pmd), "swap")
+        mapped = kind == "present" and arch.pte_pfn(layout, pmd) == LEAF_PFN and not arch.pte_special(layout, pmd)
+        if vma.vm_flags & arch.VM_HUGETLB:
+            mm.hugetlb_usage += layout.ptrs_per_pte * mapped
+        elif mapped or kind.startswith(("migration", "device")):
+            mm.rss[MM_ANONPAGES if folios.folio(LEAF_PFN).anon else MM_FILEPAGES] += layout.ptrs_per_pte

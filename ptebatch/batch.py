@@ -528,7 +528,6 @@ def zap_range(
             pfn_without_page=pfn_without_page,
         )
         checks.check_zap_context(ctx)
-        checks.refuse_large_leaves(mm, vma)
         _zap(ctx, mm.entries, mm.vpns, mm.rows(low, high), (low >> shift, high >> shift), mm.rss, stats, once=False)
 
 

@@ -258,7 +258,7 @@ def check_segment(ctx: ForkContext, src_mm: Mm, start: Any, end: Any) -> tuple[i
 
 
 def refuse_large_leaves(mm: Mm, vma: Vma) -> None:
-    """Refuse what only fork knows yet: hugetlb mappings and PMD leaves; an error names the first in a VMA."""
+    """Faults on leaves above the page tables are not modelled: an UnsupportedEntryError names the first in a VMA."""
     if vma.vm_flags & arch.VM_HUGETLB or vma.vm_ops == "hugetlb":
         raise UnsupportedEntryError(address=vma.start, kind="hugetlb mapping")
     shift = mm.layout.page_shift

@@ -552,6 +552,71 @@ def fork(
 
 @app.command(
     epilog=_examples(
+        "ptebatch diff --workload size=64MiB,guard=0.1 --semantics v6.12 --semantics v6.18",
+        "ptebatch diff --workload size=4MiB,folio=64KiB --semantics v6.8 --semantics v6.9",
+        "ptebatch diff --workload size=4MiB,guard=0.1 --semantics v6.18 --set guard_markers=off",
+    )
+)
+def diff(
+    snapshot: Snapshot = None,
+    pid: Pid = None,
+    workload: WorkloadText = None,
+    impl: Impl = "core",
+    no_batching: NoBatching = False,
+    semantics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--semantics",
+            metavar="VERSION",
+            help="Give it twice: the two kernels to compare. Once: that kernel, and itself with what --set changes.",
+            show_default=False,
+        ),
+    ] = None,
+    switches: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SWITCH=on|off",
+            help="Change one behaviour of the second kernel; can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Rows to print of each kind; JSON has all.")] = 10,
+    freeze: Freeze = False,
+    swap: Swap = None,
+    as_json: Json = False,
+) -> None:
+    """Fork under the rules of two kernels, and list what differs.
+
+    Entries of parent and child, pages, folios, swap slots, rss, and the counts of what was done.
+    """
+    names = semantics or []
+    if len(names) not in (1, 2):
+        _usage("give it twice, or once together with --set", "--semantics")
+    if len(names) == 1 and not switches:
+        _usage("compare it with what? Give --semantics a second time, or --set SWITCH=on|off", "--semantics")
+    source = _load(snapshot, pid, workload, names[0], None, freeze, swap)
+    second, notes = _resolve_semantics(names[-1], switches, live=False)
+    from ptebatch.diff import diff_forks
+
+    with _hints(pid), _progress("forking twice"):
+        found = diff_forks(
+            source.mm, source.semantics, second, batching=False if no_batching else None, impl=impl
+        ).to_dict()
+    _notes(source.notes + notes)
+    if as_json:
+        _json(found | {"arch": source.mm.layout.name, "impl": impl, "bound": source.bound})
+        return
+    from ptebatch import report
+
+    heading = [("memory", source.label), ("a", found["a"]), ("b", found["b"]), *report.diff_summary(found)]
+    blocks: list[RenderableType | str] = [report.pairs_table(heading)]
+    blocks += [report.titled(title, table) for title, table in report.diff_tables(found, limit)]
+    _print(*blocks, *_inferred(source.bound))
+
+
+@app.command(
+    epilog=_examples(
         "ptebatch wrprotect --workload size=1GiB,folio=64KiB,readonly=0.25",
         "ptebatch wrprotect --pid 1234 --by-vma",
         "ptebatch wrprotect redis.ptes --no-batching --json",

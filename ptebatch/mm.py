@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -336,6 +337,7 @@ class Allocations:
 NEVER_FAILS = 1 << 62
 
 
+@lru_cache(maxsize=64)
 def swap_types(semantics: KernelSemantics) -> dict[int, str]:
     """Number the special swap types of a kernel; lower numbers are real swap areas (`ptebatch.arch.swap_types`).
 

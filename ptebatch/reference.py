@@ -1392,7 +1392,6 @@ def zap_range(
             layout, semantics, mm.folios, vma, batching, mm.mm_id, even_cows, drop_markers, pfn_without_page
         )
         checks.check_zap_context(ctx)
-        checks.refuse_large_leaves(mm, vma)
         for row, table_addr, idx, stop in _tables(mm, max(start, vma.start), min(end, vma.end)):
             _zap_pte_range(ctx, mm.entries[row], idx, stop, mm.rss, stats, table_addr)
 

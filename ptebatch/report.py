@@ -543,3 +543,49 @@ def gate_findings(levels: Iterable[Mapping[str, Any]]) -> str:
         lines += [f"{level['name']}: {finding['case']}: {finding['what']}" for finding in level["findings"]]
         lines += [f"{level['name']}: note: {note}" for note in level["notes"]]
     return "\n".join(lines)
+
+
+def diff_summary(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Lines above the tables of differences: what is the same, and what cannot be compared."""
+    if found["same_state"]:
+        state = "the same"
+    else:
+        kinds = (("entries", "entries"), ("pages", "page fields"), ("folios", "folio fields"), ("swap", "swap slots"))
+        state = ", ".join(f"{format_count(len(found[key]))} {name} differ" for key, name in kinds if found[key])
+    rows = [("state", state or "differs")]
+    if found["outcomes"][0] != found["outcomes"][1]:
+        rows += [(f"fork in {name}", outcome) for name, outcome in zip("ab", found["outcomes"], strict=True)]
+    if found["not_compared"]:
+        rows.append(("not compared", "kept by one kernel only: " + ", ".join(found["not_compared"])))
+    return rows
+
+
+def diff_tables(found: Mapping[str, Any], limit: int) -> list[tuple[str, Table]]:
+    """Tables of what differs, at most `limit` rows of each, with their titles."""
+    tables = []
+
+    def add(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        if rows:
+            more = "" if len(rows) <= limit else f" (the first {limit} of {format_count(len(rows))})"
+            table = _table(*columns, left=columns[:2])
+            for row in rows[:limit]:
+                _add(table, *row)
+            tables.append((title + more, table))
+
+    entry = "{:#018x}".format
+    add(
+        "entries",
+        ("mm", "address", "a", "b"),
+        [(row["mm"], f"{row['address']:#x}", entry(row["a"]), entry(row["b"])) for row in found["entries"]],
+    )
+    for kind, key in (("pages", "pfn"), ("folios", "pfn"), ("swap", "slot")):
+        rows = [(f"{row[key]:#x}", row["field"], _value(row["a"]), _value(row["b"])) for row in found[kind]]
+        add(kind, (key, "field", "a", "b"), rows)
+    for kind in ("rss", "counters"):
+        rows = [(name, "", format_count(a), format_count(b)) for name, (a, b) in found[kind].items()]
+        add(kind, (kind, "", "a", "b"), rows)
+    return tables
+
+
+def _value(value: int | None) -> str:
+    return "-" if value is None else format_count(value)

@@ -105,7 +105,7 @@ class Workload:
     uffd_wp : float
         Share write-protected by userfaultfd, in VMAs with VM_UFFD_WP.
     swap : float
-        Share of `anon` VMAs that is swapped out, to slots of swap area 0 in the order of addresses; all of it exclusive.
+        Share of `anon` VMAs that is swapped out, to slots of swap area 0 in the order of addresses; all exclusive.
     guard : float
         Share of the address space that holds guard markers.
     pmd : float
@@ -537,7 +537,7 @@ class _Builder:
         return pfn, heads
 
     def by_pmd(self, mappable: Bools) -> Bools | None:
-        """Choose the blocks that a PMD maps, among those of 2 MiB whose pages are all mappable; None stands for none."""
+        """Choose the blocks that a PMD maps, of those of 2 MiB whose pages are all mappable; None stands for none."""
         order = self.layout.ptrs_per_pte.bit_length() - 1
         whole = (self.orders == order) & (np.add.reduceat(mappable, self.start, dtype=np.int64) == 1 << order)
         if not self.w.pmd or not whole.any():
@@ -546,7 +546,7 @@ class _Builder:
         return whole
 
     def map_by_pmd(self, mm: Mm, first: I64, pfn: I64, exclusive: Bools) -> None:
-        """Replace the page tables of blocks, given by their first pages, by leaves. Every block has a table to itself."""
+        """Replace the page tables of blocks, given by their first pages, by leaves; each has a table to itself."""
         start = np.array([vma.start // PAGE for vma in mm.vmas], dtype=np.int64)
         pages = np.array([(vma.end - vma.start) // PAGE for vma in mm.vmas], dtype=np.int64)
         vma = np.searchsorted(np.cumsum(pages), first, side="right")

@@ -365,6 +365,7 @@ def add_leaf(mm: Mm, leaf: Leaf) -> None:
         mm.add_tables((LEAF_VPN + nr) << layout.page_shift, (LEAF_VPN + nr + beside) << layout.page_shift)
         for vpn in (first, LEAF_VPN - 1, LEAF_VPN + nr, LEAF_VPN + nr + 5):
             mm.set_pte(vpn << layout.page_shift, arch.swp_entry(layout, 0, vpn & 3) | layout.swp_exclusive)
+    mapped = int(leaf.kind in ("thp", "hugetlb", "file"))
     anon = leaf.kind != "file" and not (hugetlb and leaf.vm_flags & arch.VM_SHARED)
     folios.add(
         LEAF_PFN,
@@ -372,13 +373,13 @@ def add_leaf(mm: Mm, leaf: Leaf) -> None:
         anon=anon,
         hugetlb=hugetlb,
         device=leaf.swap_type in (28, 29),
-        refcount=1 + leaf.pinned,
-        entire_mapcount=1,
-        large_mapcount=1,
+        refcount=mapped + leaf.pinned,
+        entire_mapcount=mapped,
+        large_mapcount=mapped,
         anon_exclusive=[leaf.exclusive and anon] + [False] * (nr - 1),
         pincount=int(leaf.pinned),
     )
-    if not hugetlb:
+    if mapped and not hugetlb:
         folios.folio(LEAF_PFN).set_mm_ids(((mm.mm_id, 1), (0, 0)))
     folios.huge_zero_pfn = HUGE_ZERO_PFN
     pfn = HUGE_ZERO_PFN if leaf.kind == "huge zero" else LEAF_PFN
@@ -421,4 +422,10 @@ def count_rest(mm: Mm, semantics: KernelSemantics) -> None:
         if vma.vm_flags & arch.VM_HUGETLB:
             mm.hugetlb_usage += layout.ptrs_per_pte * mapped
         elif mapped or kind.startswith(("migration", "device")):
-            mm.rss[MM_ANONPAGES if folios.folio(LEAF_PFN).anon else MM_FILEPAGES] += layout.ptrs_per_pte
+            folio = folios.folio(LEAF_PFN)
+            if kind in ("device write", "device read"):
+                folio.refcount += 1
+                folio.entire_mapcount += 1
+                folio.large_mapcount += 1
+                folio.add_mm_mapping(mm.mm_id, 1)
+            mm.rss[MM_ANONPAGES if folio.anon else MM_FILEPAGES] += layout.ptrs_per_pte

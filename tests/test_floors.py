@@ -22,7 +22,7 @@ FLOORS = [
     {"impls"},
     {"zap", "protect"},
     {"explain", "fork", "fault"},
-    {"capture", "snapshot", "workload"},
+    {"capture", "diff", "snapshot", "workload"},
     {"live", "peers", "subject"},
     {"bench", "gate_worker", "verify"},
     {"gate"},

@@ -474,6 +474,8 @@ def swap_keys(layout: PteLayout, entries: U64, semantics: KernelSemantics) -> U6
 def account(mm: Mm, *, anon_exclusive: bool | None = None, semantics: KernelSemantics = LATEST) -> None:
     """Count every present entry and every swap entry of a new address space into its FolioTable and its rss.
 
+    Of the page tables, that is: leaves above them and entries of other kinds are the caller's to count.
+
     Parameters
     ----------
     mm : Mm

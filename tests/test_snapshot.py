@@ -80,6 +80,7 @@ def test_everything_odd_round_trips(path: Path) -> None:
     folios.folio(0x1000).set_mm_ids(((2, 2), (1, 1)))
     folios.folio(0x1000).maybe_mapped_shared = True
     folios.folio(5).dirty = folios.folio(0x400).dirty = folios.folio(0x1000).locked = True
+    folios.zero_pfn, folios.huge_zero_pfn = 0x77, 0x800
     folios.swap.add([swap_key(3, 99), swap_key(0, 1 << 49), swap_key(3, 99)])
     for _ in range(4):
         folios.new_mm_id()
@@ -99,6 +100,8 @@ def test_everything_odd_round_trips(path: Path) -> None:
         has_pinned=True,
         mm_id=3,
         name="odd",
+        huge_zero=True,
+        hugetlb_usage=1024,
     )
     space.set_pte(0x2000, arch.swp_entry(layout, 3, 99))
     snapshot.save(space, path)
@@ -109,6 +112,8 @@ def test_everything_odd_round_trips(path: Path) -> None:
     assert loaded.folios.folio(5).dirty
     assert (loaded.folios.folio(0x1000).locked, loaded.folios.folio(0x1000).dirty) == (True, False)
     assert loaded.folios.swap.count(3, 99) == 2
+    assert (loaded.folios.zero_pfn, loaded.folios.huge_zero_pfn) == (0x77, 0x800)
+    assert (loaded.huge_zero, loaded.hugetlb_usage) == (True, 1024)
     assert loaded.folios.folio(0x1000).mm_ids == ((2, 2), (1, 1))
     assert loaded.folios.new_mm_id() == folios.new_mm_id()
 
@@ -247,6 +252,13 @@ HOSTILE = [
     ("metadata.mm_id", say(mm_id=1 << 20)),
     ("metadata.mm_id", say(mm_id=1.0)),
     ("metadata.next_mm_id", say(next_mm_id=1)),
+    ("metadata.zero_pfn", say(zero_pfn=-1)),
+    ("metadata.zero_pfn", say(zero_pfn="0")),
+    ("metadata.huge_zero_pfn", say(huge_zero_pfn=1 << 40)),
+    ("metadata.huge_zero_pfn", say(huge_zero_pfn=True)),
+    ("metadata.huge_zero", say(huge_zero=1)),
+    ("metadata.hugetlb_usage", say(hugetlb_usage=-1)),
+    ("metadata.hugetlb_usage", say(hugetlb_usage=None)),
     ("metadata: NaN", say(mm_id=float("nan"))),
     ("metadata: Infinity", say(mm_id=float("inf"))),
     ("metadata.vma_names", say(vma_names=[])),

@@ -16,7 +16,7 @@ from ptebatch import arch
 from ptebatch.arch import PteLayout
 from ptebatch.errors import ArgumentError, ReadOnlyError, SemanticsError, StateError, UnsupportedEntryError
 from ptebatch.folio import MAX_MM_ID
-from ptebatch.mm import STAT_FIELDS, ZAP_STAT_FIELDS, ForkContext, Mm, Vma, ZapContext
+from ptebatch.mm import STAT_FIELDS, ZAP_STAT_FIELDS, ForkContext, Mm, ZapContext
 
 U64_MAX = (1 << 64) - 1
 MAX_PFN = (1 << 40) - 1
@@ -255,17 +255,6 @@ def check_segment(ctx: ForkContext, src_mm: Mm, start: Any, end: Any) -> tuple[i
             addr = int(src_mm.pmd_vpns[at]) << shift
             raise ArgumentError(f"a PMD leaf lies at {addr:#x}: copy the page tables on either side of it")
     return first, last
-
-
-def refuse_large_leaves(mm: Mm, vma: Vma) -> None:
-    """Faults on leaves above the page tables are not modelled: an UnsupportedEntryError names the first in a VMA."""
-    if vma.vm_flags & arch.VM_HUGETLB or vma.vm_ops == "hugetlb":
-        raise UnsupportedEntryError(address=vma.start, kind="hugetlb mapping")
-    shift = mm.layout.page_shift
-    for vpn, pmd in zip(mm.pmd_vpns.tolist(), mm.pmd_entries.tolist(), strict=True):
-        overlaps = vpn << shift < vma.end and vma.start < (vpn + mm.layout.ptrs_per_pte) << shift
-        if overlaps and not arch.pte_none(mm.layout, pmd):
-            raise UnsupportedEntryError(address=max(vpn << shift, vma.start), kind="PMD leaf")
 
 
 def check_range_bounds(mm: Any, start: Any, end: Any) -> tuple[int, int]:

@@ -18,15 +18,16 @@ import numpy as np
 
 from ptebatch import arch
 from ptebatch.arch import PteLayout
-from ptebatch.checks import as_int, check_int, check_range_bounds, refuse_large_leaves
+from ptebatch.checks import as_int, check_int, check_range_bounds
 from ptebatch.errors import AccessError, ArgumentError, PfnError, UnsupportedEntryError
-from ptebatch.folio import MAX_PFN, Folio
+from ptebatch.folio import Folio
 from ptebatch.impls import resolve_impl
-from ptebatch.mm import MM_ANONPAGES, Mm, Vma, ZapContext, new_zap_stats
+from ptebatch.mm import MM_ANONPAGES, Mm, Vma, ZapContext, new_zap_stats, vm_page_prot
+from ptebatch.pmd import check_leaves, is_hugetlb, pmd_pfn, split_huge_pmd
 from ptebatch.semantics import LATEST, KernelSemantics
 
 ZERO_PFN = 0
-"""PFN of the zero page unless said otherwise: no page of a `FolioTable` that `FolioTable.alloc` hands out."""
+"""PFN of the zero page where ``FolioTable.zero_pfn`` does not say: no page `FolioTable.alloc` hands out."""
 
 Access = Literal["read", "write", "unshare"]
 Action = Literal["hardware", "zero_page", "anon_page", "reuse", "copy", "nothing", "userfaultfd"]
@@ -40,13 +41,13 @@ class TouchResult:
     ----------
     action : str
         ``hardware``: no fault, at most accessed and dirty bits were set. ``zero_page``: an empty entry maps the zero
-        page now. ``anon_page``: a new folio is mapped. ``reuse``: the entry became writable (to unshare: the page
-        exclusive). ``copy``: the page was replaced by a new one. ``nothing``: there was nothing to unshare.
-        ``userfaultfd``: somebody else is asked, nothing changed.
+        page now, or a PMD the huge one. ``anon_page``: a new folio is mapped. ``reuse``: the entry became writable (to
+        unshare: the page exclusive). ``copy``: the page was replaced by a new one. ``nothing``: there was nothing to
+        unshare. ``userfaultfd``: somebody else is asked, nothing changed.
     pfn : int
         What the address maps now; -1 where it maps nothing.
     nr : int
-        Entries that were set.
+        Pages whose entries were set, those of a PMD leaf included.
     """
 
     action: Action
@@ -67,7 +68,6 @@ def touch(
     semantics: KernelSemantics = LATEST,
     orders: Iterable[int] = (),
     uffd_wp_async: bool = False,
-    zero_pfn: int = ZERO_PFN,
     impl: str = "core",
 ) -> TouchResult:
     """Access one address.
@@ -83,12 +83,11 @@ def touch(
     semantics : KernelSemantics
         ``large_reuse`` decides whether pages of large folios are reused.
     orders : iterable of int
-        Orders of anonymous folios that the kernel may use in this VMA, beside 0: 2 and more, smaller than a page
-        table (v6.8+, ``/sys/kernel/mm/transparent_hugepage/hugepages-*kB``; empty before).
+        Orders of anonymous folios that the kernel may use in this VMA, beside 0: 2 and more, up to that of a PMD
+        (``/sys/kernel/mm/transparent_hugepage/hugepages-*kB``; before v6.8 there was the last one only). A PMD is
+        filled by a read too: with the huge zero page, if ``FolioTable.huge_zero_pfn`` says where it is.
     uffd_wp_async : bool
         The userfaultfd write-protects asynchronously (v6.7+): its bit is cleared and nobody is asked.
-    zero_pfn : int
-        PFN of the zero page.
     impl : {"core", "reference"}
         By whose zap a page is unmapped that is copied.
 
@@ -101,7 +100,7 @@ def touch(
     AccessError
         The process would get a signal instead (SIGSEGV, SIGBUS).
     UnsupportedEntryError
-        A PMD leaf, hugetlb, an empty entry of a file mapping, a swap-type entry, NUMA hinting.
+        Hugetlb, a PMD leaf or an empty entry of a file mapping, a swap-type entry, NUMA hinting.
     PfnError, StateError
         A PFN without a page; counts that are lower than the mappings there are.
     ArgumentError
@@ -109,34 +108,39 @@ def touch(
 
     Notes
     -----
-    ``handle_pte_fault()``, ``do_anonymous_page()`` and ``do_wp_page()``, mm/memory.c, v6.6 to v6.19.
+    ``handle_pte_fault()``, ``do_anonymous_page()`` and ``do_wp_page()``, mm/memory.c, ``do_huge_pmd_wp_page()``,
+    mm/huge_memory.c, v6.6 to v6.19.
     """
     layout = mm.layout.configured(semantics.config.mem_soft_dirty, semantics.config.x86_shstk)
     if access not in ("read", "write", "unshare"):
         raise ArgumentError(f"access={access!r}: choose 'read', 'write' or 'unshare'")
     addr = as_int("addr", addr) & -layout.page_size
     allowed = _check_orders(layout, orders)
-    check_int("zero_pfn", zero_pfn, 0, MAX_PFN)
     zap = resolve_impl(impl)
     check_range_bounds(mm, addr, addr)
     mm.validate()
     vma = _accessed_vma(mm, addr, access)
-    refuse_large_leaves(mm, Vma(addr, addr + layout.page_size, vma.vm_flags, vm_ops=vma.vm_ops))
-    fault = _Fault(mm, vma, addr, access, layout, semantics, zap)
+    if is_hugetlb(vma):
+        raise UnsupportedEntryError(address=addr, kind="hugetlb mapping")
+    fault = _Fault(mm, vma, addr, access, layout, semantics, zap, uffd_wp_async)
+    result = _huge_pmd(fault, allowed)
+    return _pte(fault, allowed) if result is None else result
+
+
+def _pte(fault: _Fault, orders: list[int]) -> TouchResult:
+    """An access where no leaf lies above the page table (``handle_pte_fault()``)."""
+    mm, layout, addr = fault.mm, fault.layout, fault.addr
     pte = mm.pte(addr)
     if arch.pte_none(layout, pte):
-        return _do_anonymous_page(fault, allowed, zero_pfn)
+        return _do_anonymous_page(fault, orders)
     if not arch.pte_present(layout, pte):
         return _do_nonpresent(fault, pte)
     if arch.pte_protnone(layout, pte):
         raise UnsupportedEntryError(address=addr, kind="NUMA hinting entry")
-    if access == "read" or (access == "write" and arch.pte_write(layout, pte)):
-        # The hardware knows nothing of soft-dirty: a write that is tracked faults first.
-        new = arch.pte_mkyoung(layout, pte)
-        new = new | layout.dirty if access == "write" else new
-        mm.set_pte(addr, new)
+    if fault.by_hardware(pte):
+        mm.set_pte(addr, fault.accessed(pte))
         return TouchResult("hardware", arch.pte_pfn(layout, pte))
-    return _do_wp_page(fault, pte, uffd_wp_async)
+    return _do_wp_page(fault, pte)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,7 @@ class _Fault:
     layout: PteLayout
     semantics: KernelSemantics
     zap: Any
+    uffd_wp_async: bool
 
     @property
     def write(self) -> bool:
@@ -155,9 +160,20 @@ class _Fault:
 
     @property
     def prot(self) -> int:
-        """vma->vm_page_prot."""
-        prot = self.vma.vm_page_prot
-        return arch.vm_get_page_prot(self.layout, self.vma.vm_flags) if prot is None else prot
+        return vm_page_prot(self.layout, self.vma)
+
+    def by_hardware(self, entry: int) -> bool:
+        """Whether a present entry, of either level, allows the access as it is."""
+        return self.access == "read" or (self.write and arch.pte_write(self.layout, entry))
+
+    def accessed(self, entry: int) -> int:
+        """The entry as the hardware leaves it, which knows nothing of soft-dirty: a tracked write faults first."""
+        entry = arch.pte_mkyoung(self.layout, entry)
+        return entry | self.layout.dirty if self.write else entry
+
+    def asks_userfaultfd(self, entry: int) -> bool:
+        watched = self.vma.vm_flags & arch.VM_UFFD_WP and arch.pte_uffd_wp(self.layout, entry)
+        return bool(self.write and watched)
 
     def maybe_mkwrite(self, pte: int) -> int:
         return arch.pte_mkwrite(self.layout, pte, self.vma.vm_flags) if self.vma.vm_flags & arch.VM_WRITE else pte
@@ -165,8 +181,12 @@ class _Fault:
 
 def _check_orders(layout: PteLayout, orders: Iterable[int]) -> list[int]:
     """Highest first."""
-    most = layout.ptrs_per_pte.bit_length() - 2
+    most = _pmd_order(layout)
     return sorted({check_int("orders", order, 2, most) for order in orders}, reverse=True)
+
+
+def _pmd_order(layout: PteLayout) -> int:
+    return layout.ptrs_per_pte.bit_length() - 1
 
 
 def _accessed_vma(mm: Mm, addr: int, access: Access) -> Vma:
@@ -191,7 +211,7 @@ def _do_nonpresent(fault: _Fault, pte: int) -> TouchResult:
     raise UnsupportedEntryError(address=fault.addr, kind=kind)
 
 
-def _do_anonymous_page(fault: _Fault, orders: list[int], zero_pfn: int) -> TouchResult:
+def _do_anonymous_page(fault: _Fault, orders: list[int]) -> TouchResult:
     """Fill an empty entry: the zero page for a read, a new folio of the highest order that fits for a write."""
     mm, vma, layout = fault.mm, fault.vma, fault.layout
     if vma.vm_ops is not None or vma.vm_flags & arch.VM_SHARED:
@@ -200,6 +220,7 @@ def _do_anonymous_page(fault: _Fault, orders: list[int], zero_pfn: int) -> Touch
         return TouchResult("userfaultfd", -1, 0)
     mm.add_tables(fault.addr, fault.addr + layout.page_size)
     if not fault.write:
+        zero_pfn = ZERO_PFN if mm.folios.zero_pfn is None else mm.folios.zero_pfn
         mm.set_pte(fault.addr, arch.pte_mkspecial(layout, arch.mk_pte(layout, zero_pfn, fault.prot)))
         return TouchResult("zero_page", zero_pfn)
     vma.anon_vma = True
@@ -222,6 +243,8 @@ def _order_that_fits(fault: _Fault, orders: list[int]) -> tuple[int, int]:
     ``alloc_anon_folio()``, mm/memory.c, v6.8+.
     """
     for order in orders:
+        if order == _pmd_order(fault.layout):
+            continue
         size = fault.layout.page_size << order
         start = fault.addr & -size
         if fault.vma.start <= start and start + size <= fault.vma.end:
@@ -231,12 +254,89 @@ def _order_that_fits(fault: _Fault, orders: list[int]) -> tuple[int, int]:
     return 0, fault.addr
 
 
-def _do_wp_page(fault: _Fault, pte: int, uffd_wp_async: bool) -> TouchResult:
+def _huge_pmd(fault: _Fault, orders: list[int]) -> TouchResult | None:
+    """An access that a PMD leaf answers, or that makes one; None where it is for a page table to answer.
+
+    ``create_huge_pmd()`` and ``do_huge_pmd_wp_page()``. What cannot be written in place is split in this mm alone.
+    """
+    mm, vma, layout = fault.mm, fault.vma, fault.layout
+    nr = layout.ptrs_per_pte
+    vpn = fault.addr >> layout.page_shift & -nr
+    start, end = vpn << layout.page_shift, (vpn + nr) << layout.page_shift
+    at = int(np.searchsorted(mm.pmd_vpns, vpn))
+    if at == len(mm.pmd_vpns) or int(mm.pmd_vpns[at]) != vpn or arch.pte_none(layout, int(mm.pmd_entries[at])):
+        empty = mm.rows(start, end)[0] == mm.rows(start, end)[1]
+        unfit = vma.vm_ops is not None or vma.vm_flags & (arch.VM_SHARED | arch.VM_NOHUGEPAGE | arch.VM_UFFD_MISSING)
+        unfit = unfit or vma.vm_flags & (arch.VM_UFFD_WP | arch.VM_UFFD_MINOR)
+        if not empty or unfit or _pmd_order(layout) not in orders or start < vma.start or vma.end < end:
+            return None
+        zero_pfn = mm.folios.huge_zero_pfn
+        if not fault.write and zero_pfn is not None:
+            mm.huge_zero = True
+            return _set_pmd(fault, vpn, arch.mk_pte(layout, zero_pfn, fault.prot) | layout.huge, "zero_page")
+        return _map_anon_pmd(fault, vpn, "anon_page")
+    if vma.vm_ops is not None:
+        raise UnsupportedEntryError(address=start, kind="PMD leaf of a file mapping")
+    pmd = int(mm.pmd_entries[at])
+    if not arch.pte_present(layout, pmd):
+        raise UnsupportedEntryError(address=start, kind=f"PMD {arch.decode(layout, pmd)['kind']} entry")
+    check_leaves(mm, vma, fault.semantics)
+    if fault.by_hardware(pmd):
+        return _set_pmd(fault, vpn, fault.accessed(pmd), "hardware")
+    if fault.asks_userfaultfd(pmd):
+        if not fault.uffd_wp_async:
+            return TouchResult("userfaultfd", _page_of(fault, pmd), 0)
+        pmd = arch.pte_clear_uffd_wp(layout, pmd)
+        mm.pmd_entries[at] = pmd
+    if pmd_pfn(layout, pmd) == mm.folios.huge_zero_pfn:
+        if fault.write and fault.semantics.huge_zero_wp:
+            return _map_anon_pmd(fault, vpn, "copy")
+    else:
+        head = mm.folios.page(pmd_pfn(layout, pmd))
+        if head.anon_exclusive and not fault.write:
+            return TouchResult("nothing", _page_of(fault, pmd), 0)
+        if head.anon_exclusive or head.folio.refcount == 1:
+            head.anon_exclusive = True
+            if fault.write:
+                pmd = fault.maybe_mkwrite(arch.pte_mkdirty(layout, arch.pte_mkyoung(layout, pmd)))
+            return _set_pmd(fault, vpn, pmd, "reuse")
+    split_huge_pmd(mm, start, semantics=fault.semantics)
+    return None
+
+
+def _page_of(fault: _Fault, pmd: int) -> int:
+    """PFN of the page at the address, of those a PMD leaf maps."""
+    inside = fault.addr >> fault.layout.page_shift & fault.layout.ptrs_per_pte - 1
+    return pmd_pfn(fault.layout, pmd) + inside
+
+
+def _set_pmd(fault: _Fault, vpn: int, pmd: int, action: Action) -> TouchResult:
+    mm, at = fault.mm, int(np.searchsorted(fault.mm.pmd_vpns, vpn))
+    if at == len(mm.pmd_vpns) or int(mm.pmd_vpns[at]) != vpn:
+        mm.pmd_vpns, mm.pmd_entries = np.insert(mm.pmd_vpns, at, vpn), np.insert(mm.pmd_entries, at, np.uint64(0))
+    mm.pmd_entries[at] = pmd
+    return TouchResult(action, _page_of(fault, pmd), fault.layout.ptrs_per_pte)
+
+
+def _map_anon_pmd(fault: _Fault, vpn: int, action: Action) -> TouchResult:
+    """Map a new huge page, exclusive and dirty (``map_anon_folio_pmd()``, mm/huge_memory.c)."""
+    mm, layout = fault.mm, fault.layout
+    folio = mm.folios.folio(mm.folios.alloc(_pmd_order(layout)))
+    folio.refcount = folio.entire_mapcount = folio.large_mapcount = 1
+    folio.add_mm_mapping(mm.mm_id, 1)
+    mm.folios.page(folio.pfn).anon_exclusive = True
+    mm.rss[MM_ANONPAGES] += folio.nr_pages
+    fault.vma.anon_vma = True
+    pmd = arch.mk_pte(layout, folio.pfn, fault.prot) | layout.huge
+    return _set_pmd(fault, vpn, fault.maybe_mkwrite(arch.pte_mkdirty(layout, pmd)), action)
+
+
+def _do_wp_page(fault: _Fault, pte: int) -> TouchResult:
     """A write to (or the unsharing of) a page that is mapped read-only: ``do_wp_page()``, mm/memory.c."""
     mm, vma, layout = fault.mm, fault.vma, fault.layout
     pfn = arch.pte_pfn(layout, pte)
-    if fault.write and vma.vm_flags & arch.VM_UFFD_WP and arch.pte_uffd_wp(layout, pte):
-        if not uffd_wp_async:
+    if fault.asks_userfaultfd(pte):
+        if not fault.uffd_wp_async:
             return TouchResult("userfaultfd", pfn, 0)
         pte = arch.pte_clear_uffd_wp(layout, pte)
         mm.set_pte(fault.addr, pte)

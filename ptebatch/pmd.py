@@ -37,10 +37,12 @@ __all__ = [
     "copy_huge_pmd",
     "copy_hugetlb_page_range",
     "is_hugetlb",
+    "leaf_end",
     "leaves",
     "pmd_pfn",
     "split_huge_pmd",
-    "zap_leaves",
+    "zap_huge_pmd",
+    "zap_hugetlb",
 ]
 
 I64 = npt.NDArray[np.int64]
@@ -83,6 +85,12 @@ def _nr_pages(mm: Mm, vma: Vma, types: dict[int, str], pmd: int) -> int:
         pfn = pmd_pfn(mm.layout, pmd)
         return mm.folios.folio(pfn).nr_pages if pfn in mm.folios else mm.layout.ptrs_per_pte
     return mm.layout.ptrs_per_pte
+
+
+def leaf_end(mm: Mm, vma: Vma, at: int, semantics: KernelSemantics) -> int:
+    """Byte address behind what a leaf maps."""
+    nr = _nr_pages(mm, vma, swap_types(semantics), int(mm.pmd_entries[at]))
+    return (int(mm.pmd_vpns[at]) + nr) << mm.layout.page_shift
 
 
 def check_leaves(mm: Mm, vma: Vma, semantics: KernelSemantics) -> None:
@@ -294,7 +302,7 @@ def split_huge_pmd(mm: Mm, addr: int, *, semantics: KernelSemantics = LATEST) ->
     check_leaves(mm, vma, semantics)
 
     if vma.vm_ops is not None:
-        _zap_leaf(mm, vma, types, pmd, semantics)
+        _zap_file_pmd(mm, pmd, kind, addr, semantics)
         _drop_leaf(mm, at)
         return
     if kind == "huge zero":
@@ -365,95 +373,138 @@ def _map_by_ptes(mm: Mm, folio: Folio, semantics: KernelSemantics) -> None:
             folio.remove_mm_mapping(mm.mm_id, 1)
 
 
-def zap_leaves(mm: Mm, start: int, end: int, *, semantics: KernelSemantics = LATEST) -> tuple[int, int]:
-    """Unmap the leaves in a range; those that lie in it only in part are split, and their pages left to the caller.
-
-    Parameters
-    ----------
-    mm : Mm
-        Its two pools, rss and folios are written; folios without references are freed.
-    start, end : int
-        Byte addresses.
-    semantics : KernelSemantics
-
-    Returns
-    -------
-    zapped, freed : int
-        Leaves taken away, and folios that lost their last reference.
-
-    Raises
-    ------
-    ArgumentError
-        A hugetlb leaf lies in the range only in part.
-    PfnError, StateError, UnsupportedEntryError
-        As `check_leaves`; counts that are lower than the mappings there are.
-
-    Notes
-    -----
-    ``zap_huge_pmd()``, mm/huge_memory.c, and ``__unmap_hugepage_range()``, mm/hugetlb.c, v6.6 to v6.19. Deposited page
-    tables are freed with their leaf.
-    """
-    shift = mm.layout.page_shift
-    types = swap_types(semantics)
-    zapped = freed = 0
-    for vma in mm.vmas:
-        if end <= vma.start or vma.end <= start or not len(leaves(mm, vma.start, vma.end)):
-            continue
-        check_leaves(mm, vma, semantics)
-        for vpn in mm.pmd_vpns[leaves(mm, vma.start, vma.end)].tolist():
-            at = int(np.searchsorted(mm.pmd_vpns, vpn))
-            pmd = int(mm.pmd_entries[at])
-            low, high = vpn << shift, (vpn + _nr_pages(mm, vma, types, pmd)) << shift
-            if high <= start or end <= low or _kind(mm, types, pmd) == "none":
-                continue
-            if start <= low and high <= end:
-                freed += _zap_leaf(mm, vma, types, pmd, semantics)
-                _drop_leaf(mm, at)
-                zapped += 1
-            elif is_hugetlb(vma):
-                raise ArgumentError(f"the hugetlb leaf at {low:#x}-{high:#x} can be unmapped as a whole only")
-            else:
-                split_huge_pmd(mm, low, semantics=semantics)
-    return zapped, freed
+def _zap_file_pmd(mm: Mm, pmd: int, kind: str, addr: int, semantics: KernelSemantics) -> None:
+    """Unmap the PMD leaf of a file or shmem mapping that is to be split."""
+    if kind == "present" and arch.pte_dirty(mm.layout, pmd):
+        _folio_of(mm, pmd, kind, addr).dirty = True
+    _zap_leaf(mm, pmd, kind, addr, semantics)
 
 
-def _zap_leaf(mm: Mm, vma: Vma, types: dict[int, str], pmd: int, semantics: KernelSemantics) -> bool:
-    """Give back what one leaf holds: the mapping, the reference, the counters. Tell whether its folio is free now."""
-    kind, hugetlb = _kind(mm, types, pmd), is_hugetlb(vma)
-    if kind in ("special", "huge zero") or (hugetlb and kind != "present"):
-        return False
-    present = kind == "present"
-    pfn = pmd_pfn(mm.layout, pmd) if present else arch.swp_offset_pfn(mm.layout, pmd)
+def _folio_of(mm: Mm, leaf: int, kind: str, addr: int) -> Folio:
+    pfn = pmd_pfn(mm.layout, leaf) if kind in ("present", "special") else arch.swp_offset_pfn(mm.layout, leaf)
     if pfn not in mm.folios:
-        raise PfnError(pfn=pfn)
-    folio = mm.folios.folio(pfn)
-    anon, swapbacked, nr = folio.anon, folio.swapbacked, folio.nr_pages
-    freed = False
-    if not kind.startswith("migration"):
-        if present and not (anon and not hugetlb) and arch.pte_dirty(mm.layout, pmd):
-            folio.dirty = True
-        freed = _remove_entire(mm, folio, semantics)
-    if hugetlb:
-        mm.hugetlb_usage -= nr
-    else:
-        mm.rss[MM_ANONPAGES if anon else MM_SHMEMPAGES if swapbacked else MM_FILEPAGES] -= mm.layout.ptrs_per_pte
+        raise PfnError(pfn=pfn, address=addr)
+    return mm.folios.folio(pfn)
+
+
+def _zap_leaf(mm: Mm, leaf: int, kind: str, addr: int, semantics: KernelSemantics) -> bool:
+    """Give back what a PMD leaf that is not empty counts; tell whether its folio was freed.
+
+    PfnError or StateError before anything is changed.
+    """
+    vma = mm.vma_at(addr)
+    special = kind == "special" and (semantics.special_pmd or (vma is not None and vma.vm_ops is not None))
+    if kind == "huge zero" or special:
+        return False
+    folio = _folio_of(mm, leaf, kind, addr)
+    counter = MM_ANONPAGES if folio.anon else MM_SHMEMPAGES if folio.swapbacked else MM_FILEPAGES
+    # References and mappings of a migrating folio are the migration's own.
+    freed = not kind.startswith("migration") and _remove_entire(mm, folio, semantics)
+    mm.rss[counter] -= mm.layout.ptrs_per_pte
     return freed
 
 
 def _remove_entire(mm: Mm, folio: Folio, semantics: KernelSemantics) -> bool:
-    """Undo one mapping of a whole folio, and its reference; tell whether that was the last, and the folio is freed."""
+    """Count one mapping of the whole folio and one reference less (``folio_remove_rmap_pmd()``, mm/rmap.c).
+
+    Tell whether that was the last reference, and the folio is freed.
+    """
     if not folio.entire_mapcount or not folio.refcount or (semantics.large_mapcount and not folio.large_mapcount):
-        raise StateError(f"the folio at PFN {folio.pfn:#x} is mapped by a leaf, but its counts do not say so")
+        raise StateError(f"the folio at PFN {folio.pfn:#x} is mapped as a whole, but its counts do not say so")
     folio.entire_mapcount -= 1
     if semantics.large_mapcount:
         folio.large_mapcount -= 1
-        if semantics.mm_id and not folio.hugetlb:
-            folio.remove_mm_mapping(mm.mm_id, 1)
+    if semantics.mm_id and not folio.hugetlb:
+        folio.remove_mm_mapping(mm.mm_id, 1)
     folio.refcount -= 1
     if folio.refcount:
         return False
     mm.folios.remove(folio.pfn)
     return True
+
+
+def zap_huge_pmd(mm: Mm, at: int, *, semantics: KernelSemantics = LATEST) -> tuple[bool, bool]:
+    """Take a whole PMD leaf away; its place in the pool stays, empty.
+
+    Parameters
+    ----------
+    mm : Mm
+        Its rss and folios are written; a folio without references is freed.
+    at : int
+        Position in ``mm.pmd_vpns`` of a leaf that is not of hugetlb.
+    semantics : KernelSemantics
+
+    Returns
+    -------
+    deposited, freed : bool
+        Whether a deposited page table was freed with it, as there is one in anonymous memory; whether its folio was.
+
+    Raises
+    ------
+    PfnError, StateError
+        A PFN without a page; counts that do not have the mapping. Nothing is changed.
+
+    Notes
+    -----
+    ``zap_huge_pmd()``, mm/huge_memory.c, v6.6 to v6.19. A dirty entry does not make the folio of a file dirty here.
+    """
+    layout, pmd = mm.layout, int(mm.pmd_entries[at])
+    addr = int(mm.pmd_vpns[at]) << layout.page_shift
+    kind = _kind(mm, swap_types(semantics), pmd)
+    if kind == "none":
+        return False, False
+    vma = mm.vma_at(addr)
+    freed = _zap_leaf(mm, pmd, kind, addr, semantics)
+    mm.pmd_entries[at] = layout.none_value
+    anonymous = vma is not None and vma.vm_ops is None
+    return anonymous and not (kind == "special" and semantics.special_pmd), freed
+
+
+def zap_hugetlb(mm: Mm, at: int, *, drop_markers: bool, semantics: KernelSemantics = LATEST) -> tuple[bool, bool]:
+    """Take a hugetlb leaf away; where userfaultfd had write-protected it, a marker stays unless markers are dropped.
+
+    Parameters
+    ----------
+    mm : Mm
+        Its ``hugetlb_usage`` and folios are written. A folio without references is free again; the pool it belongs to
+        is not modelled.
+    at : int
+        Position in ``mm.pmd_vpns``.
+    drop_markers : bool
+        See `ptebatch.mm.ZapContext`.
+    semantics : KernelSemantics
+
+    Returns
+    -------
+    present, freed : bool
+        Whether it was present; whether its folio was freed.
+
+    Raises
+    ------
+    PfnError, StateError
+        As `zap_huge_pmd`.
+
+    Notes
+    -----
+    ``__unmap_hugepage_range()``, mm/hugetlb.c, v6.6 to v6.19.
+    """
+    layout, leaf = mm.layout, int(mm.pmd_entries[at])
+    addr = int(mm.pmd_vpns[at]) << layout.page_shift
+    kind = _kind(mm, swap_types(semantics), leaf)
+    if kind == "none":
+        return False, False
+    present, freed = kind in ("present", "special"), False
+    folio = _folio_of(mm, leaf, kind, addr) if present else None
+    if folio is not None:
+        freed = _remove_entire(mm, folio, semantics)
+        mm.hugetlb_usage -= folio.nr_pages
+        if arch.pte_dirty(layout, leaf) and not freed:
+            folio.dirty = True
+    marker = kind == "marker" and bool(arch.swp_offset(layout, leaf) & arch.PTE_MARKER_UFFD_WP)
+    watched = arch.pte_uffd_wp(layout, leaf) if present else marker or arch.pte_swp_uffd_wp(layout, leaf)
+    left = arch.swp_entry(layout, arch.SWP_PTE_MARKER, arch.PTE_MARKER_UFFD_WP)
+    mm.pmd_entries[at] = left if watched and not drop_markers else layout.none_value
+    return present, freed
 
 
 def copy_hugetlb_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64) -> int:

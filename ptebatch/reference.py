@@ -1351,7 +1351,7 @@ def zap_range(
     drop_markers: bool = False,
     pfn_without_page: PFN_WITHOUT_PAGE = "error",
 ) -> None:
-    """Unmap everything in ``start..end``, entry by entry or batch by batch; page tables and VMAs stay.
+    """Unmap what page tables map in ``start..end``, entry by entry or batch by batch; tables, VMAs and leaves stay.
 
     Parameters
     ----------

@@ -47,6 +47,7 @@ SWITCHES: dict[str, Switch] = {
     "large_mapcount": Switch("05c5323b2a34", "v6.10", "large folios count all their mappings in _large_mapcount"),
     "copy_mc": Switch("658be46520ce", "v6.12", "copying a pinned page survives a memory error: -EHWPOISON"),
     "special_pmd": Switch("bc02afbd4d73", "v6.12", "fork copies special (PFNMAP) PMDs"),
+    "huge_zero_wp": Switch("1ced09e0331f", "v6.13", "a write to the huge zero page maps a new huge page in one fault"),
     "guard_markers": Switch("7c53dfbdb024", "v6.13", "guard markers exist and are copied to the child"),
     "hugetlb_copy_vm_write": Switch(
         "20241204153100.1967364-1-david@redhat.com",
@@ -117,6 +118,7 @@ class KernelSemantics:
     large_mapcount: bool
     copy_mc: bool
     special_pmd: bool
+    huge_zero_wp: bool
     guard_markers: bool
     hugetlb_copy_vm_write: bool
     fpb_clamp: bool

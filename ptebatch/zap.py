@@ -17,7 +17,7 @@ from ptebatch.checks import check_range_bounds
 from ptebatch.errors import ArgumentError
 from ptebatch.impls import resolve_batching, resolve_impl
 from ptebatch.mm import PFN_WITHOUT_PAGE, ZAP_STAT_FIELDS, Mm, Vma, WalkStats, new_zap_stats
-from ptebatch.pmd import check_leaves, zap_leaves
+from ptebatch.pmd import check_leaves, is_hugetlb, leaf_end, leaves, split_huge_pmd, zap_huge_pmd, zap_hugetlb
 from ptebatch.semantics import LATEST, KernelSemantics
 
 
@@ -49,10 +49,13 @@ class ZapStats(WalkStats):
         Markers left behind.
     swap_entries, migration_entries, device_private_entries, device_exclusive_entries, hwpoison_entries, pte_markers
         Entries of these kinds taken away.
+    pmds_zapped, pmds_split : int
+        PMD leaves taken away whole; those that the range covers in part, and that were mapped by a page table first
+        (of a file: taken away whole, faults bring the rest back).
+    hugetlb_entries : int
+        Present entries of hugetlb mappings taken away.
     tables_freed : int
-        Page tables given back.
-    leaves : int
-        Leaves above the page tables taken away whole; one that is cut is split first.
+        Page tables given back, those deposited with PMD leaves included.
     batch_hist : numpy.ndarray
         int64[ptrs_per_pte + 1]: batches of present entries by nr.
     """
@@ -78,8 +81,10 @@ class ZapStats(WalkStats):
     device_exclusive_entries: int
     hwpoison_entries: int
     pte_markers: int
+    pmds_zapped: int
+    pmds_split: int
+    hugetlb_entries: int
     tables_freed: int
-    leaves: int
     batch_hist: npt.NDArray[np.int64]
 
 
@@ -125,9 +130,9 @@ def zap_range(
     PfnError, UnsupportedEntryError
         Before anything is changed.
     StateError
-        Counts are lower than the mappings there are; what lies before the entry is unmapped.
+        Counts are lower than the mappings there are; what lies before the entry is unmapped, and so are PMD leaves.
     ArgumentError, SemanticsError
-        A bad address; ``batching=True`` under an unbatched preset.
+        A bad address, also one inside a hugetlb page; ``batching=True`` under an unbatched preset.
 
     Notes
     -----
@@ -137,14 +142,15 @@ def zap_range(
     chosen, batching = resolve_impl(impl), resolve_batching(semantics, batching, "zap_batching")
     start, end = check_range_bounds(mm, start, end)
     mm.validate()
-    vmas = [clipped(vma, start, end, mm.layout.page_size) for vma in mm.vmas if start < vma.end and vma.start < end]
+    touched = [vma for vma in mm.vmas if start < vma.end and vma.start < end]
+    vmas = [clipped(vma, start, end, mm.layout.page_size) for vma in touched if not is_hugetlb(vma)]
     chosen.check_range(mm, vmas, pfn_without_page=pfn_without_page, semantics=semantics)
-    if len(mm.pmd_vpns):
-        for vma in mm.vmas:
-            check_leaves(mm, vma, semantics)
-    leaves, freed = zap_leaves(mm, start, end, semantics=semantics)
+    for vma in touched if len(mm.pmd_vpns) else []:
+        check_leaves(mm, vma, semantics)
+        _check_hugetlb(mm, vma, start, end, semantics)
+    leaf_stats = _zap_leaves(mm, touched, start, end, drop_markers, semantics)
     stats = new_zap_stats(mm.layout)
-    stats[ZAP_STAT_FIELDS.index("folios_freed")] = freed
+    stats[ZAP_STAT_FIELDS.index("folios_freed")] = leaf_stats.pop("folios_freed")
     chosen.zap_range(
         mm,
         start,
@@ -158,7 +164,47 @@ def zap_range(
     )
     n = len(ZAP_STAT_FIELDS)
     counters = dict(zip(ZAP_STAT_FIELDS, stats[:n].tolist(), strict=True))
-    return ZapStats(**counters, tables_freed=0, leaves=leaves, batch_hist=stats[n:].copy())
+    return ZapStats(**counters, **leaf_stats, batch_hist=stats[n:].copy())
+
+
+def _check_hugetlb(mm: Mm, vma: Vma, start: int, end: int, semantics: KernelSemantics) -> None:
+    """Refuse to cut a hugetlb page (``hugetlb_vm_op_split()``: EINVAL)."""
+    shift = mm.layout.page_shift
+    for at in leaves(mm, vma.start, vma.end) if is_hugetlb(vma) else []:
+        addr, behind = int(mm.pmd_vpns[at]) << shift, leaf_end(mm, vma, at, semantics)
+        if any(addr < cut < behind for cut in (start, end)):
+            raise ArgumentError(f"{start:#x}-{end:#x} cuts the hugetlb page at {addr:#x}-{behind:#x}")
+
+
+def _zap_leaves(
+    mm: Mm, vmas: list[Vma], start: int, end: int, drop_markers: bool, semantics: KernelSemantics
+) -> dict[str, int]:
+    """Take away the PMD and hugetlb leaves in a range; those it covers in part become page tables."""
+    stats = dict.fromkeys(("pmds_zapped", "pmds_split", "hugetlb_entries", "tables_freed", "folios_freed"), 0)
+    shift, size = mm.layout.page_shift, mm.layout.ptrs_per_pte << mm.layout.page_shift
+    for vma in vmas if len(mm.pmd_vpns) else []:
+        # A leaf may begin before the range.
+        for vpn in mm.pmd_vpns[leaves(mm, max(vma.start, start - size + 1), min(vma.end, end))].tolist():
+            at, addr = int(np.searchsorted(mm.pmd_vpns, vpn)), vpn << shift
+            if is_hugetlb(vma):
+                if addr >= start:
+                    present, freed = zap_hugetlb(mm, at, drop_markers=drop_markers, semantics=semantics)
+                    stats["hugetlb_entries"] += present
+                    stats["folios_freed"] += freed
+            elif int(mm.pmd_entries[at]) == mm.layout.none_value:
+                continue
+            elif start <= addr and addr + size <= end:
+                deposited, freed = zap_huge_pmd(mm, at, semantics=semantics)
+                stats["pmds_zapped"] += 1
+                stats["tables_freed"] += deposited
+                stats["folios_freed"] += freed
+            else:
+                split_huge_pmd(mm, addr, semantics=semantics)
+                stats["pmds_split"] += 1
+    used = mm.pmd_entries != np.uint64(mm.layout.none_value)
+    if not used.all():
+        mm.pmd_vpns, mm.pmd_entries = mm.pmd_vpns[used], mm.pmd_entries[used]
+    return stats
 
 
 def munmap(
@@ -200,7 +246,7 @@ def munmap(
         for low, high in ((vma.start, min(vma.end, start)), (max(vma.start, end), vma.end))
         if low < high
     ]
-    return replace(stats, tables_freed=_free_pgtables(mm, removed))
+    return replace(stats, tables_freed=stats.tables_freed + _free_pgtables(mm, removed))
 
 
 def exit_mmap(
@@ -233,9 +279,8 @@ def exit_mmap(
     tables = len(mm.vpns)
     mm.vmas = []
     mm.vpns, mm.entries = mm.vpns[:0].copy(), mm.entries[:0].copy()
-    mm.pmd_vpns, mm.pmd_entries = mm.pmd_vpns[:0].copy(), mm.pmd_entries[:0].copy()
     mm.huge_zero = False
-    return replace(stats, tables_freed=tables)
+    return replace(stats, tables_freed=stats.tables_freed + tables)
 
 
 def clipped(vma: Vma, start: int, end: int, page_size: int) -> Vma:

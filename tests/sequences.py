@@ -16,11 +16,13 @@ from ptebatch.fault import touch
 from ptebatch.folio import FolioTable
 from ptebatch.fork import fork
 from ptebatch.mm import Mm, Vma
+from ptebatch.pmd import pmd_pfn
 from ptebatch.zap import exit_mmap, munmap, zap_range
 
 PAGE = L.page_size
 BASE = 7 * L.ptrs_per_pte * PAGE
 PRIVATE = arch.VM_READ | arch.VM_WRITE | arch.VM_MAYREAD | arch.VM_MAYWRITE
+HUGE_ZERO_PFN = 1 << 20
 Vector = dict[str, Any]
 
 
@@ -39,22 +41,6 @@ def pages(text: str) -> list[int]:
     return found
 
 
-def state(mm: Mm, base: int, vector: Vector, zero_pfns: tuple[int, ...] = ()) -> list[tuple[Any, ...]]:
-    """What can be compared of each page: what it is, order of its folio, its place in it, its mapcount."""
-    found: list[tuple[Any, ...]] = []
-    for page in range(vector["first"], vector["first"] + vector["pages"]):
-        pte = mm.pte(base + page * PAGE)
-        if arch.pte_none(L, pte):
-            found.append(("none",))
-        elif arch.pte_special(L, pte) or arch.pte_pfn(L, pte) in zero_pfns:
-            found.append(("zero",))
-        else:
-            pfn = arch.pte_pfn(L, pte)
-            folio = mm.folios.folio(pfn)
-            found.append(("page", folio.order, pfn - folio.pfn, mm.folios.page(pfn).mapcount))
-    return found
-
-
 class Model:
     """The processes of a vector, modelled."""
 
@@ -64,8 +50,9 @@ class Model:
         first, nr = vector["first"], vector["pages"]
         vma = Vma(BASE + first * PAGE, BASE + (first + nr) * PAGE, PRIVATE, anon_vma=False)
         self.mms = {"P": Mm(L, FolioTable(), vmas=[vma])}
+        self.mms["P"].folios.zero_pfn, self.mms["P"].folios.huge_zero_pfn = 5, HUGE_ZERO_PFN
 
-    def access(self, who: str, what: str, page: int) -> tuple[str, int]:
+    def access(self, who: str, what: str, page: int) -> tuple[str, int | None]:
         result = touch(
             self.mms[who],
             BASE + page * PAGE + 123,
@@ -93,17 +80,24 @@ class Model:
         exit_mmap(self.mms.pop(who), semantics=self.semantics, impl=self.impl)
 
     def pfns(self, who: str) -> dict[int, int]:
-        found = {}
+        mm, found = self.mms[who], {}
         for page in range(self.vector["first"], self.vector["first"] + self.vector["pages"]):
-            pte = self.mms[who].pte(BASE + page * PAGE)
+            pte = mm.pte(BASE + page * PAGE)
             if not arch.pte_none(L, pte) and not arch.pte_special(L, pte):
                 found[page] = arch.pte_pfn(L, pte)
+        for vpn, pmd in zip(mm.pmd_vpns.tolist(), mm.pmd_entries.tolist(), strict=True):
+            if pmd_pfn(L, pmd) != HUGE_ZERO_PFN:
+                found |= {vpn - BASE // PAGE + k: pmd_pfn(L, pmd) + k for k in range(L.ptrs_per_pte)}
         return found
 
-    def mapcount(self, pfn: int) -> int | None:
-        """None: freed."""
+    def mapcounts(self, pfns: dict[int, int]) -> dict[int, int]:
+        """Mappings of pages, without those that were freed."""
         folios = self.mms["P"].folios
-        return int(folios.mapcounts(np.array([pfn]))[0]) if pfn in folios else None
+        return {
+            page: int(folios.mapcounts(np.array([pfn]))[0]) + folios.folio(pfn).entire_mapcount
+            for page, pfn in pfns.items()
+            if pfn in folios
+        }
 
 
 def run(vector: Vector, model: Model) -> Iterator[tuple[list[Any], dict[int, int]]]:
@@ -114,7 +108,8 @@ def run(vector: Vector, model: Model) -> Iterator[tuple[list[Any], dict[int, int
         if what in ("read", "write"):
             where, action, nr = rest[0], rest[1], rest[2] if len(rest) > 2 else 1
             for page in pages(where):
-                assert model.access(who, what, page) == (action, nr), (step, page)
+                found, found_nr = model.access(who, what, page)
+                assert (found, nr if found_nr is None else found_nr) == (action, nr), (step, page)
         elif what == "mark":
             mark = model.pfns(who)
         elif what == "fork":
@@ -131,7 +126,7 @@ def run(vector: Vector, model: Model) -> Iterator[tuple[list[Any], dict[int, int
     kept = {name: [page for page, pfn in model.pfns(name).items() if mark.get(page) == pfn] for name in expect["kept"]}
     assert kept == {name: pages(where) for name, where in expect["kept"].items()}
     counts = {first + k: count for first, nr, count in expect["mapcount"] for k in range(nr)}
-    found = {page: model.mapcount(pfn) for page, pfn in mark.items()}
+    found = model.mapcounts(mark)
     assert {page: count for page, count in found.items() if count} == {page: n for page, n in counts.items() if n}
     if isinstance(model, Model):  # of real pages nobody maps it cannot be known whose they are
         assert {page for page, count in found.items() if count == 0} == {page for page, n in counts.items() if not n}

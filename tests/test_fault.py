@@ -13,6 +13,7 @@ from ptebatch.fault import ZERO_PFN, touch
 from ptebatch.folio import FolioTable
 from ptebatch.fork import fork
 from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, Mm, Vma, account, copy_state
+from ptebatch.pmd import pmd_pfn
 from ptebatch.semantics import V6_8, V6_12, V6_14, V6_18
 from ptebatch.zap import exit_mmap
 
@@ -57,7 +58,8 @@ def test_read_maps_the_zero_page():
     assert (result.action, result.pfn, result.nr, result.faulted) == ("zero_page", ZERO_PFN, 1, True)
     assert mm.pte(BASE) == RO | L.special
     assert (mm.rss.tolist(), len(mm.folios), mm.vmas[0].anon_vma) == ([0, 0, 0, 0], 0, False)
-    assert touch(mm, BASE + PAGE, "read", zero_pfn=0x42).pfn == 0x42
+    mm.folios.zero_pfn = 0x42
+    assert touch(mm, BASE + PAGE, "read").pfn == 0x42
     assert touch(mm, BASE, "read").action == "hardware"
 
 
@@ -211,6 +213,71 @@ def test_unshare(impl_name):
     assert touch(shared, BASE, "unshare").action == "nothing"
 
 
+HUGE = 512 * PAGE
+
+
+def test_pmd_fault_in():
+    mm = Mm(L, FolioTable(), vmas=[Vma(BASE, BASE + 2 * HUGE + PAGE, PRIVATE, anon_vma=False)])
+    mm.folios.huge_zero_pfn = 1 << 18
+    result = touch(mm, BASE + 3 * PAGE, "read", orders=[9])
+    assert (result.action, result.pfn, result.nr) == ("zero_page", (1 << 18) + 3, 512)
+    assert (mm.pmd_entries.tolist(), mm.huge_zero) == ([arch.mk_pte(L, 1 << 18, RO | L.huge)], True)
+    assert (mm.rss.tolist(), len(mm.folios), mm.vmas[0].anon_vma) == ([0, 0, 0, 0], 0, False)
+    result = touch(mm, BASE + HUGE + 7 * PAGE, "write", orders=[4, 9])
+    folio = mm.folios.folio(result.pfn)
+    assert (result.action, result.pfn - folio.pfn, result.nr) == ("anon_page", 7, 512)
+    assert (folio.order, folio.refcount, folio.entire_mapcount, folio.large_mapcount) == (9, 1, 1, 1)
+    assert folio.mm_ids == ((mm.mm_id, 1), (0, 0))
+    assert mm.folios.flags(np.arange(folio.pfn, folio.pfn + 512), "anon_exclusive").tolist() == [True] + [False] * 511
+    assert mm.pmd_entries[1] == arch.mk_pte(L, folio.pfn, RO | L.huge | L.write | L.dirty | L.soft_dirty)
+    assert (mm.rss[MM_ANONPAGES], mm.vpns.size) == (512, 0)
+    # A block that leaves the VMA, or that has a page table, is for smaller folios.
+    assert touch(mm, BASE + 2 * HUGE, "write", orders=[4, 9]).nr == 1
+    exit_mmap(mm)
+    assert (len(mm.folios), mm.rss.tolist(), mm.huge_zero) == (0, [0, 0, 0, 0], False)
+
+
+def test_pmd_write_faults():
+    mm = Mm(L, FolioTable(), vmas=[Vma(BASE, BASE + HUGE, PRIVATE)])
+    touch(mm, BASE, "write", orders=[9])
+    folio = mm.folios.folio(pmd_pfn(L, int(mm.pmd_entries[0])))
+    child = fork(mm).child
+    assert touch(mm, BASE, "read").action == "hardware"
+    assert touch(mm, BASE + PAGE, "write").action == "copy"
+    assert (folio.refcount, folio.entire_mapcount, folio.large_mapcount) == (512, 1, 512)
+    assert (mm.pmd_vpns.size, child.pmd_vpns.size, mm.rss[MM_ANONPAGES]) == (0, 1, 512)
+    assert touch(child, BASE, "write").action == "copy"
+    assert (folio.refcount, folio.entire_mapcount, folio.large_mapcount) == (1022, 0, 1022)
+    exit_mmap(mm)
+    exit_mmap(child)
+    assert len(mm.folios) == 0
+
+
+def test_pmd_reuse_and_unshare():
+    mm = Mm(L, FolioTable(), vmas=[Vma(BASE, BASE + HUGE, PRIVATE)])
+    pfn = touch(mm, BASE, "write", orders=[9]).pfn
+    assert touch(mm, BASE, "unshare").action == "nothing"
+    exit_mmap(fork(mm).child)
+    read_only = int(mm.pmd_entries[0])
+    assert not arch.pte_write(L, read_only)
+    assert (touch(mm, BASE, "unshare").action, int(mm.pmd_entries[0])) == ("reuse", read_only)
+    assert mm.folios.page(pfn).anon_exclusive
+    result = touch(mm, BASE + PAGE, "write")
+    assert (result.action, result.pfn, result.nr) == ("reuse", pfn + 1, 512)
+    assert arch.pte_write(L, int(mm.pmd_entries[0]))
+    assert touch(mm, BASE, "write").action == "hardware"
+
+
+def test_pmd_and_userfaultfd():
+    mm = Mm(L, FolioTable(), vmas=[Vma(BASE, BASE + HUGE, PRIVATE)])
+    touch(mm, BASE, "write", orders=[9])
+    mm.vmas[0].vm_flags |= arch.VM_UFFD_WP
+    mm.pmd_entries[0] = arch.pte_mkuffd_wp(L, int(mm.pmd_entries[0]))
+    assert touch(mm, BASE, "write").action == "userfaultfd"
+    assert touch(mm, BASE, "write", uffd_wp_async=True).action == "reuse"
+    assert not arch.pte_uffd_wp(L, int(mm.pmd_entries[0]))
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +315,10 @@ def test_entries_that_are_not_modelled():
     with pytest.raises(UnsupportedEntryError) as caught:
         touch(mm, BASE, "read")
     assert caught.value.address == BASE
+    file = Mm(L, FolioTable(), vmas=[Vma(BASE, BASE + HUGE, PRIVATE, vm_ops="file")])
+    file.pmd_vpns, file.pmd_entries = np.array([BASE // PAGE]), np.array([RO | L.huge], dtype=np.uint64)
+    with pytest.raises(UnsupportedEntryError, match="PMD leaf of a file"):
+        touch(file, BASE, "read")
     hugetlb = mapped(vm_flags=PRIVATE | arch.VM_HUGETLB)
     with pytest.raises(UnsupportedEntryError, match="hugetlb"):
         touch(hugetlb, BASE, "write")
@@ -271,9 +342,8 @@ def test_bad_arguments():
     for arguments in (
         {"access": "execute"},
         {"orders": [1]},
-        {"orders": [9]},
+        {"orders": [10]},
         {"orders": [2.5]},
-        {"zero_pfn": -1},
         {"impl": "none"},
     ):
         with pytest.raises(ArgumentError):

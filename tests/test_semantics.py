@@ -21,7 +21,7 @@ NEW = {
     "v6.10": {"any_young_dirty", "large_mapcount"},
     "v6.11": set(),
     "v6.12": {"copy_mc", "special_pmd"},
-    "v6.13": {"guard_markers"},
+    "v6.13": {"huge_zero_wp", "guard_markers"},
     "v6.14": {"hugetlb_copy_vm_write"},
     "v6.15": {"fpb_clamp", "mm_id", "single_device_exclusive"},
     "v6.16": set(),

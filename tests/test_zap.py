@@ -119,7 +119,7 @@ def test_fork_then_exit_of_the_child_gives_everything_back(case, semantics, batc
     except PtebatchError:
         return
     if not np.array_equal(parent.entries & present == 0, mm.entries & present == 0):
-        return  # a device-exclusive entry of the parent was made present, and is counted since
+        return  # an entry was made present, or a PMD split, and is counted otherwise since
     exit_mmap(child, semantics=semantics, batching=batching)
     after = folio_state(mm.folios)
     assert after == before
@@ -141,6 +141,7 @@ def test_exit_leaves_no_mapping(case, semantics, batching):
         return
     assert mm.rss.tolist() == [0, 0, 0, 0]
     assert (mm.vmas, mm.vpns.tolist(), mm.entries.size) == ([], [], 0)
+    assert (mm.pmd_vpns.size, mm.pmd_entries.size, mm.huge_zero, mm.hugetlb_usage) == (0, 0, False, 0)
     for head in mm.folios.heads().tolist():
         folio = mm.folios.folio(head)
         assert folio.refcount <= extra[head]
@@ -277,6 +278,86 @@ def test_munmap_splits_a_vma_and_frees_tables(impl_name):
     assert munmap(mm, 0, BASE, impl=impl_name).tables_freed == 0
     assert exit_mmap(mm, impl=impl_name).tables_freed == 2
     mm.validate(entries=True)
+
+
+TABLE = L.ptrs_per_pte * PAGE
+
+
+def huge(vm_ops: str | None = None, **flags: bool) -> Mm:
+    """A PMD leaf from BASE on, in a VMA that has a page more on either side."""
+    mm = Mm(L, FolioTable(), vmas=[Vma(BASE - PAGE, BASE + TABLE + PAGE, PRIVATE, vm_ops=vm_ops)])
+    mm.folios.add(512, 9, refcount=1, entire_mapcount=1, anon=vm_ops is None, **flags)
+    mm.folios.folio(512).set_mm_ids(((mm.mm_id, 1), (0, 0)))
+    mm.pmd_vpns = np.array([BASE // PAGE], dtype=np.int64)
+    mm.pmd_entries = np.array([arch.mk_pte(L, 512, L.valid | L.user | L.huge | L.dirty | L.write)], dtype=np.uint64)
+    mm.rss[MM_ANONPAGES if vm_ops is None else MM_FILEPAGES] = 512
+    return mm
+
+
+def test_a_whole_pmd_leaf_goes_with_its_deposited_table(impl_name):
+    mm = huge()
+    stats = zap_range(mm, BASE, BASE + TABLE, impl=impl_name)
+    assert (stats.pmds_zapped, stats.pmds_split, stats.tables_freed, stats.ptes_present) == (1, 0, 1, 0)
+    assert (mm.rss.tolist(), mm.pmd_vpns.size, mm.vpns.size, len(mm.folios)) == ([0, 0, 0, 0], 0, 0, 0)
+
+
+def test_a_pmd_leaf_in_part_is_split_first(impl_name):
+    mm = huge(anon_exclusive=[True] + [False] * 511)
+    stats = zap_range(mm, BASE + 8 * PAGE, BASE + TABLE, impl=impl_name)
+    assert (stats.pmds_split, stats.pmds_zapped, stats.ptes_batched, stats.tables_freed) == (1, 0, 504, 0)
+    folio = mm.folios.folio(512)
+    assert (folio.refcount, folio.entire_mapcount, folio.large_mapcount, folio.mm_ids[0]) == (8, 0, 8, (mm.mm_id, 8))
+    assert mm.rss[MM_ANONPAGES] == 8
+    assert folio.dirty
+    assert mm.ptes(BASE, BASE + TABLE).astype(bool).tolist() == [True] * 8 + [False] * 504
+    assert mm.folios.flags(np.arange(512, 520), "anon_exclusive").all()
+    # munmap cuts the VMA there; the page table stays with what is left of it.
+    mm = huge()
+    stats = munmap(mm, BASE + PAGE, BASE + TABLE + PAGE, impl=impl_name)
+    assert (stats.pmds_split, stats.tables_freed, mm.rss[MM_ANONPAGES], mm.vpns.size) == (1, 0, 1, 1)
+    assert exit_mmap(mm, impl=impl_name).tables_freed == 1
+    assert (len(mm.folios), mm.rss.tolist()) == (0, [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("pages", [100, 512])
+def test_pmd_leaves_of_files_go_whole(impl_name, pages):
+    mm = huge("file", swapbacked=False)
+    mm.folios.folio(512).refcount += 512  # the page cache
+    stats = zap_range(mm, BASE, BASE + pages * PAGE, impl=impl_name)
+    assert (stats.pmds_zapped, stats.pmds_split) == ((1, 0) if pages == 512 else (0, 1))
+    folio = mm.folios.folio(512)
+    assert (folio.refcount, folio.entire_mapcount, folio.large_mapcount) == (512, 0, 0)
+    assert (mm.rss.tolist(), mm.pmd_vpns.size, stats.tables_freed) == ([0, 0, 0, 0], 0, 0)
+    assert folio.dirty == (pages != 512)  # only a split takes the dirty state of the entry along
+
+
+def test_hugetlb(impl_name):
+    mm = huge(hugetlb=True)
+    mm.folios.folio(512).set_mm_ids(((0, 0), (0, 0)))
+    mm.vmas = [Vma(BASE, BASE + TABLE, PRIVATE | arch.VM_HUGETLB | arch.VM_UFFD_WP, vm_ops="hugetlb")]
+    mm.rss[:], mm.hugetlb_usage = 0, 512
+    before = copy_state(mm)
+    with pytest.raises(ArgumentError, match="cuts the hugetlb page"):
+        zap_range(mm, BASE, BASE + PAGE, impl=impl_name)
+    assert (mm.folios == before.folios, mm.hugetlb_usage) == (True, 512)
+    mm.pmd_entries[0] = int(mm.pmd_entries[0]) & ~L.write | L.uffd_wp
+    stats = zap_range(mm, BASE, BASE + TABLE, impl=impl_name)
+    assert (stats.hugetlb_entries, mm.hugetlb_usage, len(mm.folios), mm.rss.tolist()) == (1, 0, 0, [0, 0, 0, 0])
+    assert mm.pmd_entries.tolist() == [arch.swp_entry(L, arch.SWP_PTE_MARKER, arch.PTE_MARKER_UFFD_WP)]
+    munmap(mm, BASE, BASE + TABLE, impl=impl_name)
+    assert mm.pmd_vpns.size == 0
+
+
+def test_pmd_leaves_that_are_not_counted(impl_name):
+    for name in ("refcount", "entire_mapcount", "large_mapcount"):
+        mm = huge()
+        setattr(mm.folios.folio(512), name, 0)
+        before = copy_state(mm)
+        for end in (TABLE, PAGE):
+            with pytest.raises(StateError, match="counts do not say so"):
+                zap_range(mm, BASE, BASE + end, impl=impl_name)
+        assert mm.folios == before.folios
+        assert (mm.rss.tolist(), mm.pmd_entries.tolist()) == (before.rss.tolist(), before.pmd_entries.tolist())
 
 
 def test_unbatched_kernels_go_one_by_one(impl_name):

@@ -62,7 +62,7 @@ class Processes:
         zero = {pfn for pfn in set(pfns.values()) if read_words("/proc/kpageflags", pfn)[0] >> ZERO_PAGE & 1}
         return {page: 0 if pfn in zero else pfn for page, pfn in pfns.items()}
 
-    def access(self, who: str, what: str, page: int) -> tuple[str, int]:
+    def access(self, who: str, what: str, page: int) -> tuple[str, int | None]:
         before, where = self.entries(who), [[self.base + page * PAGE, 1]]
         faults = 0
         if what == "write":
@@ -78,9 +78,9 @@ class Processes:
         else:
             action = "reuse" if faults else "hardware"
         changed = {at for at in before if before[at] != after.get(at)}
-        assert changed == ({page} if action == "copy" else set())
+        assert bool(changed) == (action == "copy")
         assert action == "hardware" or what == "read" or faults == 1
-        return action, max(1, len(new))
+        return action, len(new) or len(changed) or None  # how much became writable does not show
 
     def fork(self, who: str, child: str) -> None:
         with live.Fork(self.processes[who]) as fork:
@@ -101,11 +101,10 @@ class Processes:
     def pfns(self, who: str) -> dict[int, int]:
         return {page: pfn for page, pfn in self.entries(who).items() if pfn}
 
-    def mapcount(self, pfn: int) -> int | None:
-        """None where none of the processes maps it: whose page it is then cannot be known."""
-        if not any(pfn in self.pfns(who).values() for who in self.processes):
-            return None
-        return read_words("/proc/kpagecount", pfn)[0]
+    def mapcounts(self, pfns: dict[int, int]) -> dict[int, int]:
+        """Without those none of the processes maps: whose pages they are then cannot be known."""
+        ours = {pfn for who in self.processes for pfn in self.pfns(who).values()}
+        return {page: read_words("/proc/kpagecount", pfn)[0] for page, pfn in pfns.items() if pfn in ours}
 
 
 @pytest.mark.usefixtures("root")

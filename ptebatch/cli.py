@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ptebatch.arch import PteLayout
-    from ptebatch.mm import Mm, Vma
+    from ptebatch.mm import Mm, Vma, WalkStats
     from ptebatch.semantics import KernelSemantics
 
 __all__ = ["app", "main"]
@@ -640,23 +641,71 @@ def wrprotect(
     Entries end up the same both ways; the number of calls does not.
     """
     source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
-    from ptebatch.impls import resolve_batching
-    from ptebatch.mm import copy_state, digest
     from ptebatch.protect import wrprotect_range
 
+    _both_ways(source, wrprotect_range, "fork_batching", "write-protecting", pid, impl, no_batching, by_vma, as_json)
+
+
+@app.command(
+    epilog=_examples(
+        "ptebatch zap --workload size=1GiB,folio=64KiB",
+        "ptebatch zap --pid 1234 --by-vma",
+        "ptebatch zap redis.ptes --semantics v6.8 --json",
+    )
+)
+def zap(
+    snapshot: Snapshot = None,
+    pid: Pid = None,
+    workload: WorkloadText = None,
+    impl: Impl = "core",
+    no_batching: NoBatching = False,
+    semantics: SemanticsName = None,
+    switches: Switches = None,
+    by_vma: ByVma = False,
+    freeze: Freeze = False,
+    swap: Swap = None,
+    as_json: Json = False,
+) -> None:
+    """Unmap in the model, entry by entry and batched.
+
+    Everything goes, as when a process exits; a live process itself is not changed. The memory ends up the same both
+    ways; the number of calls does not.
+    """
+    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
+    from ptebatch.zap import zap_range
+
+    walk = partial(zap_range, drop_markers=True)
+    _both_ways(source, walk, "zap_batching", "unmapping", pid, impl, no_batching, by_vma, as_json)
+
+
+def _both_ways(
+    source: _Source,
+    walk: Callable[..., WalkStats],
+    switch: str,
+    doing: str,
+    pid: str | None,
+    impl: str,
+    no_batching: bool,
+    by_vma: bool,
+    as_json: bool,
+) -> None:
+    """Walk every VMA entry by entry and, if the kernel does, batched; show the counts side by side."""
+    from ptebatch.impls import resolve_batching
+    from ptebatch.mm import copy_state, digest
+
     mm = source.mm
-    modes = [False] if not resolve_batching(source.semantics, False if no_batching else None) else [False, True]
+    modes = [False] if not resolve_batching(source.semantics, False if no_batching else None, switch) else [False, True]
     names = {False: "entry by entry", True: "batched"}
     totals: dict[bool, dict[str, Any]] = {}
     digests: dict[bool, str] = {}
     vmas: list[dict[str, Any]] = []
-    with _hints(pid), _progress("write-protecting") as progress:
+    with _hints(pid), _progress(doing) as progress:
         for batching in modes:
             mine = mm if batching is modes[-1] else copy_state(mm)
             hist: dict[str, int] = {}
             total: dict[str, Any] = {}
             for i, vma in enumerate(mine.vmas):
-                stats = wrprotect_range(
+                stats = walk(
                     mine, vma.start, vma.end, semantics=source.semantics, batching=batching, impl=impl
                 ).to_dict()
                 for nr, n in stats["batch_hist"].items():
@@ -671,7 +720,7 @@ def wrprotect(
             totals[batching] = total
             digests[batching] = digest([mine], mine.folios, source.semantics)
     if len(set(digests.values())) != 1:
-        _fail("entry by entry and batched left different entries: please report this with the command line")
+        _fail("entry by entry and batched left different states: please report this with the command line")
 
     batching = modes[-1]
     _notes(source.notes)

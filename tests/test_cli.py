@@ -25,7 +25,7 @@ from ptebatch.verify import QUANTITIES
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands)
-ON_MEMORY = ("explain", "fork", "wrprotect")
+ON_MEMORY = ("explain", "fork", "wrprotect", "zap")
 SMALL = "size=1MiB,folio=16KiB,seed=3"
 NOBODY = 1 << 30  # above every pid_max
 
@@ -337,6 +337,17 @@ def test_wrprotect():
     assert single["stats"] == document["stats_unbatched"]
     text = run("wrprotect", "--workload", SMALL, "--by-vma").stdout
     assert re.search(r"^wrprotect_ptes +256 +64 +-75%$", text, re.MULTILINE)
+
+
+def test_zap():
+    document = run_json("zap", "--workload", SMALL, "--by-vma")
+    assert (document["stats"]["clear_ptes"], document["stats_unbatched"]["clear_ptes"]) == (64, 256)
+    assert document["stats"]["folios_freed"] == document["stats_unbatched"]["folios_freed"] == 64
+    assert sum(vma["stats"]["batches"] for vma in document["vmas"]) == 64
+    unbatched = run_json("zap", "--workload", SMALL, "--semantics", "v6.8", "--impl", "reference")
+    assert unbatched["stats"] == document["stats_unbatched"]
+    text = run("zap", "--workload", SMALL).stdout
+    assert re.search(r"^folio_put +256 +64 +-75%$", text, re.MULTILINE)
 
 
 # --- bench ------------------------------------------------------------------------------------------------------------

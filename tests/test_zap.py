@@ -137,8 +137,10 @@ def test_exit_leaves_no_mapping(case, semantics, batching):
     mm = build(case)
     count_rest(mm, semantics)
     extra = {int(head): mm.folios.folio(int(head)).refcount for head in mm.folios.heads()}
-    if isinstance(attempt(exit_mmap, mm, semantics=semantics, batching=batching), tuple):
+    stats = attempt(exit_mmap, mm, semantics=semantics, batching=batching)
+    if isinstance(stats, tuple):
         return
+    assert stats.ptes_skipped == 0
     assert mm.rss.tolist() == [0, 0, 0, 0]
     assert (mm.vmas, mm.vpns.tolist(), mm.entries.size) == ([], [], 0)
     assert (mm.pmd_vpns.size, mm.pmd_entries.size, mm.huge_zero, mm.hugetlb_usage) == (0, 0, False, 0)
@@ -346,6 +348,14 @@ def test_hugetlb(impl_name):
     assert mm.pmd_entries.tolist() == [arch.swp_entry(L, arch.SWP_PTE_MARKER, arch.PTE_MARKER_UFFD_WP)]
     munmap(mm, BASE, BASE + TABLE, impl=impl_name)
     assert mm.pmd_vpns.size == 0
+
+
+def test_munmap_drops_markers(impl_name):
+    vmas = [Vma(BASE, BASE + 4 * PAGE, SHARED, vm_ops="shmem"), Vma(BASE + 4 * PAGE, BASE + 8 * PAGE, PRIVATE)]
+    mm = Mm.for_vmas(L, FolioTable(), vmas)
+    mm.set_pte(BASE, arch.swp_entry(L, arch.SWP_PTE_MARKER, arch.PTE_MARKER_GUARD))
+    assert munmap(mm, BASE, BASE + 4 * PAGE, impl=impl_name).pte_markers == 1
+    mm.validate(entries=True)
 
 
 def test_pmd_leaves_that_are_not_counted(impl_name):

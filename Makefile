@@ -20,11 +20,11 @@ SOURCES := setup.py pyproject.toml ptebatch $(wildcard $(addprefix ptebatch/*.,p
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help bench test gate test-all lint debug check install clean
+.PHONY: help bench benchmarks test gate test-all lint debug check install clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
-	@echo '  ARGS="..." is passed on by bench, test and gate; PYTHON=python3.12 chooses the interpreter.'
+	@echo '  ARGS="..." is passed on by bench, benchmarks, test and gate; PYTHON=python3.12 chooses the interpreter.'
 
 bench: $(VENV)/.installed  ## single-PTE, batched and naive copying side by side, on synthetic and real page tables
 	@$(BIN)/ptebatch bench $(ARGS)
@@ -34,6 +34,9 @@ test: $(VENV)/.installed  ## the test suite
 
 gate: $(VENV)/.installed  ## did the engine change? counts, instructions
 	@$(BIN)/ptebatch gate $(ARGS)
+
+benchmarks: $(VENV)/.installed  ## pytest-benchmark cases of every primitive (ARGS="--size 1GiB -k fork")
+	@PYTHONSAFEPATH=1 $(BIN)/python -m pytest benchmarks/ --benchmark-enable --benchmark-sort=name -q $(ARGS)
 
 debug:  ## the suite on the bounds-checked build, few Hypothesis examples
 	@PTEBATCH_DEBUG=1 HYPOTHESIS_PROFILE=small $(MAKE) --no-print-directory test

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptebatch import _measure, live
-from ptebatch.arch import PteLayout, is_cow_mapping
+from ptebatch.arch import X86_64, PteLayout, is_cow_mapping
 from ptebatch.capture import Capture, capture
 from ptebatch.errors import ArgumentError, PermissionDeniedError, StateError
 from ptebatch.folio import tally
@@ -46,8 +46,8 @@ from ptebatch.semantics import get as preset
 from ptebatch.workload import Workload, format_size, parse
 
 __all__ = [
-    "FOLIOS", "SCHEMA", "Case", "ForkCheck", "environment", "measure", "rows", "run_bench", "run_kernel_layout",
-    "run_limit",
+    "FOLIOS", "SCHEMA", "Case", "ForkCheck", "compare", "environment", "load", "measure", "rows", "run_bench",
+    "run_kernel_layout", "run_limit", "run_live",
 ]  # fmt: skip
 
 Bools = npt.NDArray[np.bool_]
@@ -58,7 +58,7 @@ Progress = Callable[[int, int], object]
 Row = dict[str, Any]
 
 SCHEMA = 1
-PAGE = 4096
+PAGE, PMD = 4096, 2 << 20
 FOLIOS = tuple(PAGE << order for order in (0, 2, 3, 4, 5, 6, 7, 8, 9))
 """Folio sizes measured unless others are asked for: those of the published table."""
 MIXED = (4096, 16384, 65536, 2 << 20)
@@ -117,7 +117,9 @@ class Case:
         return float(np.median(self.times_ns)) / self.ptes
 
 
-def measure(cases: Sequence[Case], rounds: int, tick: Callable[[], object] = lambda: None) -> None:
+def measure(
+    cases: Sequence[Case], rounds: int, tick: Callable[[], object] = lambda: None, *, check: bool = True
+) -> None:
     """Time all cases `rounds` times, taking turns; a round before that checks their results and warms up.
 
     Parameters
@@ -127,11 +129,13 @@ def measure(cases: Sequence[Case], rounds: int, tick: Callable[[], object] = lam
     rounds : int
     tick : callable
         Called after every round.
+    check : bool
+        False goes on with cases that a call before has checked.
     """
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for number in range(-1, rounds):
+        for number in range(-1 if check else 0, rounds):
             first = number % len(cases) if cases else 0
             for case in [*cases[first:], *cases[:first]]:
                 case.reset()
@@ -423,6 +427,89 @@ def _real_cases(real: _Real) -> list[Case]:
     return [*naive, *cases]
 
 
+# --- comparing --------------------------------------------------------------------------------------------------------
+KEYS = ("memory", "operation", "size_bytes", "folio_bytes", "order", "mapping", "arch", "semantics", "source", "path")
+"""What makes two rows of two documents the same measurement."""
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what ``ptebatch bench --json`` has written; its rows as a table: ``pandas.DataFrame(load(path)["rows"])``.
+
+    Raises
+    ------
+    ArgumentError
+        No such document, or one of another schema.
+    """
+    name = os.fspath(path)
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ArgumentError(f"{name} is no JSON of `ptebatch bench --json`: {error}") from None
+    rows_ = document.get("rows") if isinstance(document, dict) else None
+    if not isinstance(rows_, list) or not isinstance(document.get("env"), dict) or not all(map(_is_row, rows_)):
+        raise ArgumentError(f"{name} is no document of `ptebatch bench --json`")
+    if document.get("schema") != SCHEMA:
+        raise ArgumentError(f"{name} has schema {document.get('schema')!r}, not {SCHEMA}: measure again")
+    return document
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str | int | None) for key in KEYS):
+        return False
+    times = [row.get(key) for key in ("ns_per_pte", "q1_ns_per_pte", "q3_ns_per_pte") if key in row]
+    return "ns_per_pte" in row and all(isinstance(t, int | float) and 0 < t < float("inf") for t in times)
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Compare two documents measurement by measurement.
+
+    The two were not measured in turns: what changed of the machine meanwhile is part of the difference. Multiples of
+    the limit are steadier than times.
+
+    Parameters
+    ----------
+    before, after : dict
+        What `load` returned.
+
+    Returns
+    -------
+    dict
+        ``mode`` "compare"; ``env``: what differs, as "this -> that"; ``rows``: `KEYS` with ``before_ns_per_pte``,
+        ``after_ns_per_pte``, ``change`` (a ratio), ``change_x_limit`` (None without a limit) and ``apart``: whether
+        the two's middle halves do not touch. What only one of them has, and published figures, are left out.
+
+    Raises
+    ------
+    ArgumentError
+        The two have no measurement in common.
+    """
+    earlier = {tuple(row.get(key) for key in KEYS): row for row in before["rows"]}
+    found = []
+    for row in after["rows"]:
+        key = tuple(row.get(name) for name in KEYS)
+        old = earlier.get(key)
+        if old is None or row["source"] == "published":
+            continue
+        limits = old.get("x_limit"), row.get("x_limit")
+        found.append(
+            {
+                **dict(zip(KEYS, key, strict=True)),
+                "before_ns_per_pte": old["ns_per_pte"],
+                "after_ns_per_pte": row["ns_per_pte"],
+                "change": row["ns_per_pte"] / old["ns_per_pte"] - 1,
+                "change_x_limit": limits[1] / limits[0] - 1 if all(limits) else None,
+                "apart": row.get("q1_ns_per_pte", 0) > old.get("q3_ns_per_pte", 0)
+                or row.get("q3_ns_per_pte", 0) < old.get("q1_ns_per_pte", 0),
+            }
+        )
+    if not found:
+        raise ArgumentError("the two documents have no measurement in common: use the same mode and options")
+    names = dict.fromkeys([*before["env"], *after["env"]])
+    env = {name: (before["env"].get(name, "-"), after["env"].get(name, "-")) for name in names}
+    differs = {name: f"{old} -> {new}" for name, (old, new) in env.items() if old != new}
+    return {"schema": SCHEMA, "mode": "compare", "env": differs, "rows": found, "bound": [], "notes": []}
+
+
 # --- environment ------------------------------------------------------------------------------------------------------
 def environment() -> dict[str, str]:
     """Describe the machine, the kernel and the build that figures come from."""
@@ -703,6 +790,137 @@ def _operations(mm: Mm, semantics: KernelSemantics, batched: bool) -> Row:
     }
     ops = {name: getattr(stats, name) / stats.ptes_present for name in OPS}
     return {"ops": ops, "locked_per_pte": sum(locked.values()) / stats.ptes_present}
+
+
+# --- the live kernel --------------------------------------------------------------------------------------------------
+LIVE_ROUNDS = 7
+LIVE_OPERATIONS = ("fork", "exit", "munmap")
+FOLIO_SHARE = 0.95
+"""Share of the memory that must be in folios of the size asked for."""
+
+
+@dataclass
+class _Mapping:
+    """Memory of one folio size, mapped by PTEs or by PMDs, and what was measured on it."""
+
+    folio: int
+    pmd: bool
+    cases: list[Case]
+    times_ns: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in LIVE_OPERATIONS})
+    ops: dict[str, float] | None = None
+
+
+def run_live(
+    *,
+    size: int = 1 << 30,
+    folios: Sequence[int] | None = None,
+    rounds: int = LIVE_ROUNDS,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure this machine's kernel: fork() of real memory, the child's exit and munmap(), by folio size.
+
+    In every round each folio size gets fresh memory in a process of its own, mapped by PTEs, and that of 2 MiB also by
+    PMDs. What the model makes of the same memory (captured once) is timed in the same rounds.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of memory that the process forks with; a multiple of 2 MiB. It is there once, not once per folio size.
+    folios : sequence of int, optional
+        Folio sizes in bytes; all this kernel offers when left out.
+    rounds, progress
+        See `run_bench`.
+
+    Returns
+    -------
+    dict
+        As `run_bench`. Rows of source "kernel" have ``operation`` (`LIVE_OPERATIONS`), ``mapping`` ("pte" or "pmd"),
+        ``change`` against 4 KiB as a ratio, and ``ops``: what the model counts for each entry (None for PMDs). Rows of
+        source "core" are the model's single and batched copy of the same memory.
+
+    Raises
+    ------
+    PermissionDeniedError
+        Not root: folio sizes cannot be chosen, nor seen.
+    ArgumentError
+        A size this kernel has no folios for, or that is no multiple of 2 MiB.
+    StateError
+        Too little free memory, or the kernel did not give folios of the size asked for.
+    """
+    if size <= 0 or size % PMD:
+        raise ArgumentError(f"size={format_size(size)}: must be a multiple of {format_size(PMD)}")
+    available_kb = re.search(r"^MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    if available_kb and int(available_kb[1]) << 10 < size * 5 // 4:
+        raise StateError(f"too little free memory for {format_size(size)}: choose a smaller size")
+    if os.geteuid() != 0:
+        raise PermissionDeniedError("choosing folio sizes and seeing folios needs root: run as root")
+    semantics, notes = running()
+    sizes = live.folio_sizes() if folios is None else sorted({PAGE, *folios})
+    mappings = [_Mapping(folio, False, []) for folio in sizes]
+    mappings += [_Mapping(PMD, True, [])] if PMD in sizes else []
+    tick = _Ticker(progress, len(mappings) * (rounds + 1))
+    for number in range(-1, rounds):
+        for mapping in mappings:
+            _live_round(mapping, size, semantics, timed=number >= 0)
+            tick()
+    found: list[Row] = []
+    named = {"arch": X86_64.name, "semantics": semantics.label, "size_bytes": size}
+    ptes = size // PAGE
+    base = {name: float(np.median(mappings[0].times_ns[name])) / ptes for name in LIVE_OPERATIONS}
+    for mapping in mappings:
+        more = {
+            "folio_bytes": mapping.folio, "order": _order(mapping.folio), "mapping": "pmd" if mapping.pmd else "pte",
+        }  # fmt: skip
+        kernel = []
+        for name in LIVE_OPERATIONS:
+            path = "batched" if semantics.fork_batching and not mapping.pmd else "single"
+            case = Case({"source": "kernel", "path": path, "operation": name}, ptes, _nothing, _nothing)
+            case.times_ns = mapping.times_ns[name]
+            kernel.append(case)
+        for row in rows(kernel, **named, **more):
+            found.append(row | {"change": row["ns_per_pte"] / base[row["operation"]] - 1, "ops": mapping.ops})
+        found += rows(mapping.cases, **named, **more, operation="fork")
+    return {"schema": SCHEMA, "mode": "live", "env": environment(), "rows": found, "bound": [], "notes": notes}
+
+
+def _nothing() -> None:
+    pass
+
+
+def _live_round(mapping: _Mapping, size: int, semantics: KernelSemantics, *, timed: bool) -> None:
+    """Build the memory, fork with it, end the child, unmap; or, the first time, look at it."""
+    with live.Subject() as subject:
+        with live.Settings(live.mthp(mapping.folio)):
+            address = subject.anon(size, mapping.folio, pte_mapped=not mapping.pmd)
+        if not timed:
+            _look_at(mapping, subject.pid, address, size, semantics)
+            return
+        forked, exited = subject.call("time_fork")
+        unmapped = subject.call("time_unmap", address=address)
+    for name, took in zip(LIVE_OPERATIONS, (forked, exited, unmapped), strict=True):
+        mapping.times_ns[name].append(took)
+    measure(mapping.cases, 1, check=False)
+
+
+def _look_at(mapping: _Mapping, pid: int, address: int, size: int, semantics: KernelSemantics) -> None:
+    """Check that memory has the folios it is to have, and have the model copy it."""
+    seen = capture(pid, semantics=semantics, swap="drop")
+    mm = seen.mm
+    _, pfns = pte_pfns(mm.layout, mm.ptes(address, address + size))
+    right = int(np.count_nonzero(mm.folios.orders(pfns) == _order(mapping.folio)))
+    if right < FOLIO_SHARE * size // PAGE:
+        raise StateError(
+            f"only {100 * right * PAGE // size}% of the memory is in folios of {format_size(mapping.folio)}: "
+            "memory is short or fragmented; free some, or choose a smaller size"
+        )
+    if mapping.pmd:
+        return
+    single, batched = (ForkPlan(mm, semantics=semantics, batching=on, keep=True) for on in (False, None))
+    stats = batched.run()
+    mapping.ops = {name: getattr(stats, name) / stats.ptes_present for name in OPS}
+    batched.reset()
+    mapping.cases = [core_case(single), core_case(batched)]
+    measure(mapping.cases, 0)
 
 
 # --- the benchmark ----------------------------------------------------------------------------------------------------

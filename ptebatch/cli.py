@@ -384,6 +384,9 @@ def ptebatch(
         "ptebatch bench --rounds 20 --json > bench.json",
         "ptebatch bench --limit --size 1GiB",
         "ptebatch bench --kernel-layout",
+        "ptebatch bench --live --size 1GiB",
+        "ptebatch bench --plot bench.svg",
+        "ptebatch bench --compare before.json after.json",
     )
 )
 def bench(
@@ -423,6 +426,25 @@ def bench(
         bool,
         typer.Option("--kernel-layout", help="Copy in a memory layout like the kernel's, beside the published change."),
     ] = False,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Measure this machine's kernel: fork, exit and munmap by folio size (needs root)."),
+    ] = False,
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            "--plot", metavar="FILE.png|svg", help="Also draw it: time and change by folio size.", show_default=False
+        ),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--compare",
+            metavar="BEFORE.json AFTER.json",
+            help="Measure nothing: compare what two runs printed with --json.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure single-PTE, batched and naive copying.
@@ -448,24 +470,35 @@ def bench(
         given["pid"] = pid
     if peers:
         given["peers"] = True
-    modes = {"--limit": limit, "--kernel-layout": kernel_layout}
+    modes = {"--limit": limit, "--kernel-layout": kernel_layout, "--live": live, "--compare": compare is not None}
     mode = "".join(name for name, wanted in modes.items() if wanted)
     if mode not in ("", *modes):
         raise _Usage(f"{' and '.join(name for name, wanted in modes.items() if wanted)}: choose one of them")
-    for option, name in (("--pid", "pid"), *([("--peers", "peers")] if mode == "--kernel-layout" else [])):
-        if mode and name in given:
+    for option, name, where in (("--pid", "pid", ("",)), ("--peers", "peers", ("", "--limit"))):
+        if name in given and mode not in where:
             _usage(f"does not go with {mode}", option)
+    if compare is not None and given:
+        _usage("is on its own: it measures nothing", "--compare")
+    if plot is not None:
+        _check_plot(plot, mode)
     from ptebatch import bench as benchmarks
 
     runs: dict[str, Callable[..., dict[str, Any]]] = {
         "": benchmarks.run_bench,
         "--limit": benchmarks.run_limit,
         "--kernel-layout": benchmarks.run_kernel_layout,
+        "--live": benchmarks.run_live,
     }
-    run = runs[mode]
-    with _progress("measuring", still=True) as progress:
-        document = run(progress=progress, **given)
+    if compare is not None:
+        document = benchmarks.compare(*map(benchmarks.load, compare))
+    else:
+        with _progress("measuring", still=True) as progress:
+            document = runs[mode](progress=progress, **given)
     _notes(document["notes"])
+    if plot is not None:
+        from ptebatch import report
+
+        report.bench_plot(document["rows"], document["env"]).savefig(plot)
     if as_json:
         _json(document)
         return
@@ -477,6 +510,21 @@ def bench(
     for heading, table in tables(document["rows"]):
         blocks.append(report.titled(heading, table))
     _print(*blocks, *([notes(document["rows"])] if notes else []))
+
+
+def _check_plot(path: str, mode: str) -> None:
+    """Refuse what could not be drawn before anything is measured."""
+    import importlib.util
+
+    if mode:
+        _usage(f"does not go with {mode}", "--plot")
+    if not path.endswith((".png", ".svg")):
+        _usage(f"{path!r} ends neither in .png nor in .svg", "--plot")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        _usage(f"there is no folder {folder!r}", "--plot")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PtebatchError("--plot needs matplotlib: pip install 'ptebatch[plot]'")
 
 
 @app.command(

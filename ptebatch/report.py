@@ -16,12 +16,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ptebatch.errors import ArgumentError
 from ptebatch.workload import format_size
 
 __all__ = [
     "bench_notes",
     "bench_tables",
+    "bench_plot",
     "capture_table",
+    "compare_tables",
     "counts_table",
     "decode_table",
     "ends_table",
@@ -33,6 +36,7 @@ __all__ = [
     "hist_table",
     "inferred_text",
     "kernel_layout_tables",
+    "live_tables",
     "limit_tables",
     "ktap",
     "pairs_table",
@@ -418,6 +422,53 @@ def kernel_layout_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, T
     return tables
 
 
+def live_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
+    """What `ptebatch.bench.run_live` measured, one line for each folio size and mapping."""
+    table = _table(
+        "folio", "mapped", "fork", "change", "exit", "change", "munmap", "change", "ref_add", "engine", left=("mapped",)
+    )
+    groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["folio_bytes"], row["mapping"]), []).append(row)
+    for (size, mapping), group in groups.items():
+        cells = []
+        kernel = {row["operation"]: row for row in group if row["source"] == "kernel"}
+        for row in (kernel[name] for name in ("fork", "exit", "munmap")):
+            cells += [format_ns(row["ns_per_pte"]), _percent(100 * row["change"])]
+        ops = kernel["fork"]["ops"]
+        cells.append(f"{ops['folio_ref_add']:.3f}" if ops else "-")
+        _add(table, format_size(size), mapping.upper(), *cells, format_ns(_ns(group, "core", "batched")))
+    return [("this machine's kernel", table)]
+
+
+LIVE_NOTES = """All times in ns per PTE (4 KiB of memory), also where PMDs map it.
+- fork: the system call; exit: from telling the child to its being reaped;
+  munmap: of the memory, after the child is gone; change: against 4 KiB folios
+- ref_add: references on folios for each PTE, as the model counts them
+- engine: the model's batched copy of the same page tables, in the same rounds"""
+
+
+def compare_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
+    """What `ptebatch.bench.compare` found: a table for each memory."""
+    tables: dict[str, Table] = {}
+    for row in rows:
+        memory = _memory(row)
+        if memory not in tables:
+            tables[memory] = _table("what", "folio", "before", "after", "change", "x limit", "", left=("what",))
+        parts = (row["source"], row["path"], row["operation"], row["mapping"] and row["mapping"].upper())
+        _add(
+            tables[memory], " ".join(dict.fromkeys(filter(None, parts))), _folio(row["folio_bytes"]),
+            format_ns(row["before_ns_per_pte"]), format_ns(row["after_ns_per_pte"]), _percent(100 * row["change"]),
+            "-" if row["change_x_limit"] is None else _percent(100 * row["change_x_limit"]),
+            "" if row["apart"] else "~",
+        )  # fmt: skip
+    return list(tables.items())
+
+
+COMPARE_NOTES = """Times in ns per PTE. x limit: the change as a multiple of each run's streaming limit.
+~: the middle halves of the two touch: no difference to speak of"""
+
+
 KERNEL_LAYOUT_NOTES = """Times in ns per PTE; counts for each PTE, single > batched.
 - locked: instructions with a lock prefix, for counters, flags and entries
 - ref_add: references taken on folios
@@ -519,10 +570,95 @@ def ktap(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def bench_plot(rows: Sequence[Mapping[str, Any]], env: Mapping[str, Any]) -> Any:
+    """Draw what `ptebatch.bench.run_bench` measured: time and change by folio size.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+    env : mapping
+        What the caption names: cpu, kernel, compiler, commit.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        To be saved with ``savefig``.
+
+    Raises
+    ------
+    ArgumentError
+        No synthetic memory was measured.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    synthetic = [row for row in rows if "memory" not in row and row["folio_bytes"]]
+    sizes = sorted({row["folio_bytes"] for row in synthetic})
+    if not sizes:
+        raise ArgumentError("there is nothing to plot: measure one folio size at least")
+    by = {(row["source"], row["path"], row["folio_bytes"]): row for row in synthetic}
+
+    # Told apart by marker and dashes as well as by colour: prints in black and white, and for the colour-blind.
+    lines = (
+        ("naive", "single", "naive Python", "#999999", "v", ":"),
+        ("core", "single", "single", "#0072B2", "o", "-"),
+        ("core", "batched", "batched", "#D55E00", "s", "-"),
+        ("limit", "limit", "streaming limit", "#000000", "", "--"),
+    )
+    changes = (
+        ("core", "this engine", "#D55E00", "s", "-"),
+        ("published", "published, whole fork()", "#009E73", "^", "--"),
+    )
+    figure = Figure(figsize=(7, 6.4), dpi=150, layout="constrained", facecolor="white")
+    times, change = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for source, path, label, colour, marker, dashes in lines:
+        points = [(size, by[source, path, size]) for size in sizes if (source, path, size) in by]
+        if not points:
+            continue
+        x, found = zip(*points, strict=True)
+        times.plot(
+            x, [row["ns_per_pte"] for row in found], label=label, color=colour, marker=marker, linestyle=dashes
+        )  # fmt: skip
+        if marker:
+            times.fill_between(
+                x, [row["q1_ns_per_pte"] for row in found], [row["q3_ns_per_pte"] for row in found], color=colour,
+                alpha=0.2, linewidth=0,
+            )  # fmt: skip
+    for source, label, colour, marker, dashes in changes:
+        pairs = [(size, *(_ns([by.get((source, path, size), _NO_ROW)], source) for path in ("single", "batched")))
+                 for size in sizes]  # fmt: skip
+        drawn = [(size, _change(before, after)) for size, before, after in pairs if before and after]
+        if drawn:
+            change.plot(*zip(*drawn, strict=True), label=label, color=colour, marker=marker, linestyle=dashes)
+    times.set_yscale("log")
+    times.set_ylabel("ns per PTE")
+    change.axhline(0, color="black", linewidth=0.8)
+    change.set_ylabel("single to batched, %")
+    change.set_xlabel("folio size")
+    change.set_xscale("log", base=2)
+    change.set_xticks(sizes, [format_size(size) for size in sizes])
+    change.xaxis.set_minor_locator(NullLocator())
+    times.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axes in (times, change):
+        axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    total = max(row["size_bytes"] for row in synthetic if row["source"] != "published")
+    figure.suptitle(f"Copying the page tables of {format_size(total)}; bands: middle half of the rounds", fontsize=10)
+    named = (str(env[name]) for name in ("cpu", "kernel", "compiler", "commit") if name in env)
+    figure.supxlabel("  ".join(named), fontsize=7, color="#555555")
+    return figure
+
+
+_NO_ROW: Mapping[str, Any] = {"source": "", "path": None}
+
 BENCH: dict[str, tuple[Any, Any]] = {
     "bench": (bench_tables, bench_notes),
     "limit": (limit_tables, None),
     "kernel-layout": (kernel_layout_tables, lambda rows: KERNEL_LAYOUT_NOTES),
+    "compare": (compare_tables, lambda rows: COMPARE_NOTES),
+    "live": (live_tables, lambda rows: LIVE_NOTES),
 }
 """By the ``mode`` of a document: what makes tables of its rows, and what explains those (or None)."""
 

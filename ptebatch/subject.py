@@ -17,6 +17,7 @@ import os
 import signal
 import struct
 import sys
+import time
 from typing import Any
 
 PAGE, PMD = 4096, 2 << 20
@@ -204,6 +205,32 @@ def do_write(address: int, size: int, step: int) -> None:
         raise LookupError(hex(address))
     for at in range(address, address + size, step):
         _memset(at, 1 + ctypes.string_at(at, 1)[0] % 255, 1)
+
+
+def do_time_fork() -> list[int]:
+    """Fork, and have the child exit; nanoseconds that fork(2) takes, and from telling the child to its being reaped."""
+    wait, go = os.pipe()
+    begin = time.perf_counter_ns()
+    pid = int(_libc.fork())
+    if not pid:
+        os.close(go)
+        os.read(wait, 1)
+        _libc._exit(0)
+    forked = time.perf_counter_ns() - begin
+    os.close(wait)
+    time.sleep(0.001)  # until the child waits
+    begin = time.perf_counter_ns()
+    os.close(go)
+    os.waitpid(pid, 0)
+    return [forked, time.perf_counter_ns() - begin]
+
+
+def do_time_unmap(address: int) -> int:
+    """Give back what `do_anon` made; nanoseconds that munmap(2) takes."""
+    size = _areas.pop(address)
+    begin = time.perf_counter_ns()
+    _call("munmap", address, size)
+    return time.perf_counter_ns() - begin
 
 
 def do_unmap(address: int) -> None:

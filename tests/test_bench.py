@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ptebatch import _measure, bench, live
-from ptebatch.errors import ArgumentError, StateError
+from ptebatch.errors import ArgumentError, PermissionDeniedError, StateError
 from ptebatch.fork import ForkPlan
 from ptebatch.mm import Mm
 from ptebatch.workload import make
@@ -169,6 +173,75 @@ def test_the_kernel_s_layout_beside_the_published_change():
     assert locked["v6.18", 4, "single"] == 5
     assert locked["v6.18", 4, "batched"] == 3 + 2 / 16
     assert by["kernel-layout", "v6.9", 4, "batched"]["ops"]["folio_ref_add"] == 1 / 16
+
+
+# --- run_live (what it measures: live/test_bench.py) ------------------------------------------------------------------
+def test_live_says_what_it_needs(monkeypatch):
+    with pytest.raises(ArgumentError, match="multiple of 2MiB"):
+        bench.run_live(size=1 << 20)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(PermissionDeniedError, match="root"):
+        bench.run_live(size=2 << 20)
+    monkeypatch.setattr(bench, "_read", lambda path: "MemAvailable:       2048 kB")
+    with pytest.raises(StateError, match="too little free memory"):
+        bench.run_live(size=2 << 20)
+
+
+# --- load, compare ----------------------------------------------------------------------------------------------------
+def test_documents_can_be_compared(document, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(document))
+    later = json.loads(json.dumps(document))
+    for row in later["rows"]:
+        if row["source"] == "core":
+            for key in ("ns_per_pte", "x_limit", *SPREAD):
+                row[key] *= 2.0
+            row["q1_ns_per_pte"] = 3 * row["q3_ns_per_pte"]
+    later["env"]["commit"], later["env"]["cpu"] = "another", document["env"]["cpu"]
+    done = bench.compare(bench.load(path), later)
+    assert done["mode"] == "compare"
+    assert done["env"] == {"commit": f"{document['env']['commit']} -> another"}
+    measured = [row for row in document["rows"] if row["source"] != "published"]
+    assert len(done["rows"]) == len(measured)
+    for row in done["rows"]:
+        slower = row["source"] == "core"
+        assert row["change"] == row["change_x_limit"] == pytest.approx(float(slower))
+        assert row["apart"] == slower
+
+
+def test_documents_without_anything_in_common(document):
+    with pytest.raises(ArgumentError, match="nothing|no measurement"):
+        bench.compare({**document, "rows": []}, document)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", "null", "[" * 100_000, "\xff\xfe", '{"schema": 99, "env": {}, "rows": []}'),
+        *(
+            f'{{"schema": 1, "env": {{}}, "rows": [{row}]}}'
+            for row in ("1", '{"ns_per_pte": "fast"}', '{"source": []}', '{"ns_per_pte": NaN}', '{"ns_per_pte": 0}')
+        ),
+    ],
+)
+def test_a_document_that_is_none_is_refused(text, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ArgumentError, match="x.json"):
+        bench.load(path)
+    with pytest.raises(FileNotFoundError):
+        bench.load(tmp_path / "none")
+
+
+# --- benchmarks/ ------------------------------------------------------------------------------------------------------
+def test_every_case_of_the_benchmarks_is_right():
+    """Once, on little memory, untimed; results are checked as in a benchmark."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    command = [sys.executable, "-m", "pytest", str(folder), "-q", "--size=16MiB", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=folder.parent)
+    assert done.returncode == 0, done.stdout[-2000:]
+    (passed,) = re.findall(r"(\d+) passed", done.stdout)
+    assert int(passed) > 200
 
 
 # --- measure ----------------------------------------------------------------------------------------------------------

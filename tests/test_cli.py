@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -98,7 +99,18 @@ def measured(monkeypatch) -> dict:
     for name in ("run_limit", "run_kernel_layout"):
         small = functools.partial(_on_less, getattr(bench, name))
         monkeypatch.setattr(bench, name, small)
+    monkeypatch.setattr(bench, "run_live", _live_document)
     return asked
+
+
+def _live_document(**kwargs) -> dict:
+    """What the live kernel takes root and time for."""
+    rows = []
+    for operation in bench.LIVE_OPERATIONS:
+        case = bench.Case({"source": "kernel", "path": "batched", "operation": operation}, 1024, int, int)
+        case.times_ns = [50_000, 60_000]
+        rows += bench.rows([case], folio_bytes=4096, mapping="pte", change=0.0, ops=None)
+    return {"schema": 1, "mode": "live", "env": bench.environment(), "rows": rows, "bound": [], "notes": []}
 
 
 def _on_less(run, **kwargs):
@@ -207,6 +219,11 @@ def test_every_example_runs(example, child, measured, verified, snapshot_file, m
     monkeypatch.chdir(snapshot_file.parent)
     text = re.sub(r"\b1234\b", str(child.pid), example.partition(" > ")[0])
     text = re.sub(r"size=\d+[GM]iB", "size=16MiB", text)
+    if "--plot" in text:
+        pytest.importorskip("matplotlib")
+    if "--compare" in text:
+        for name in ("before.json", "after.json"):
+            Path(name).write_text(run("bench", "--json").stdout)
     assert run(*shlex.split(text)[1:]).stdout
 
 
@@ -374,6 +391,31 @@ def test_bench_against_the_limit(measured):
 def test_bench_on_the_kernel_s_layout(measured):
     assert re.search(r"^ *4KiB( +[\d.]+){2} +\S+% +-2%", run("bench", "--kernel-layout").stdout, re.MULTILINE)
     assert run_json("bench", "--kernel-layout")["mode"] == "kernel-layout"
+
+
+def test_bench_of_the_live_kernel(measured):
+    assert re.search(r"^ *4KiB +PTE +53\.7 +\+0%", run("bench", "--live").stdout, re.MULTILINE)
+
+
+def test_bench_compares_two_documents(measured, tmp_path):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(run("bench", "--json").stdout)
+    names = [tmp_path / "a.json", tmp_path / "b.json"]
+    assert re.search(r"^core batched +4KiB( +[\d.]+){2} +\S+%", run("bench", "--compare", *names).stdout, re.MULTILINE)
+    assert run_json("bench", "--compare", *names)["mode"] == "compare"
+    (tmp_path / "b.json").write_text("{")
+    assert "b.json is no JSON" in refused("bench", "--compare", *names)
+    assert "No such file" in refused("bench", "--compare", tmp_path / "none", names[0])
+    assert "'--compare'" in wrong("bench", "--compare", *names, "--rounds", 3)
+
+
+def test_bench_refuses_a_picture_it_could_not_draw(measured, tmp_path, monkeypatch):
+    assert "'--plot'" in wrong("bench", "--plot", "x.jpeg")
+    assert "no folder" in wrong("bench", "--plot", tmp_path / "none" / "x.png")
+    assert "'--plot'" in wrong("bench", "--limit", "--plot", "x.png")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'ptebatch[plot]'" in refused("bench", "--plot", tmp_path / "x.png")
+    assert measured == {}
 
 
 def test_bench_refuses_what_it_cannot_read(measured):

@@ -6,6 +6,7 @@ import pytest
 
 from ptebatch import report
 from ptebatch.arch import X86_64, decode
+from ptebatch.errors import ArgumentError
 
 HIST = {str(nr): 3 for nr in range(1, 41)}
 
@@ -197,6 +198,48 @@ def test_the_kernel_s_layout():
     texts = [*lines(table), *report.KERNEL_LAYOUT_NOTES.splitlines()]
     assert max(map(len, texts)) <= 80
     assert lines(report.kernel_layout_tables(rows)[0][1])[2].split()[4:6] == ["-", "-"]
+
+
+def test_the_live_kernel():
+    def row(name: str, ns: float, change: float, mapping: str = "pte", ops=None) -> dict:
+        more = {"operation": name, "mapping": mapping, "change": change, "ops": ops}
+        return measurement("kernel", "batched", ns, 2 << 20, **more)
+
+    times = (("fork", 50.0, 0.0), ("exit", 40.0, -0.25), ("munmap", 30.0, -0.5))
+    rows = [row(*time, ops={"folio_ref_add": 0.002}) for time in times]
+    rows.append(measurement("core", "batched", 2.5, 2 << 20, mapping="pte"))
+    rows += [row(*time, "pmd") for time in times]
+    ((_, table),) = report.live_tables(rows)
+    assert [line.split() for line in lines(table)[2:]] == [
+        ["2MiB", "PTE", "50.0", "+0%", "40.0", "-25%", "30.0", "-50%", "0.002", "2.50"],
+        ["2MiB", "PMD", "50.0", "+0%", "40.0", "-25%", "30.0", "-50%", "-", "-"],
+    ]
+    assert max(map(len, [*lines(table), *report.LIVE_NOTES.splitlines()])) <= 80
+
+
+def test_two_documents():
+    row = {"memory": None, "operation": None, "mapping": None, "source": "core", "path": "single", "folio_bytes": 65536}
+    row |= {"before_ns_per_pte": 4.0, "after_ns_per_pte": 5.0, "change": 0.25, "change_x_limit": None, "apart": False}
+    other = {**row, "memory": "a process", "operation": "fork", "mapping": "pmd", "folio_bytes": None, "apart": True}
+    tables = dict(report.compare_tables([row, other | {"change_x_limit": 0.5}]))
+    assert lines(tables["synthetic"])[2].split() == ["core", "single", "64KiB", "4.00", "5.00", "+25%", "-", "~"]
+    assert lines(tables["a process"])[2].split()[2:] == ["fork", "PMD", "mixed", "4.00", "5.00", "+25%", "+50%"]
+
+
+def test_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    spread = {"q1_ns_per_pte": 1.0, "q3_ns_per_pte": 2.0}
+    figure = report.bench_plot([{**row, **spread} for row in BENCH], {"cpu": "a CPU"})
+    times, change = figure.axes
+    assert [line.get_label() for line in times.lines] == ["naive Python", "single", "batched", "streaming limit"]
+    single = times.lines[1]
+    assert (list(single.get_xdata()), list(single.get_ydata())) == ([4096, 65536], [4.5, 4.0])
+    assert [round(float(y)) for line in change.lines for y in line.get_ydata()] == [-75, -26, 0, 0]
+    for name in ("x.png", "x.svg"):
+        figure.savefig(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+    with pytest.raises(ArgumentError, match="nothing to plot"):
+        report.bench_plot([], {})
 
 
 def test_targets_and_what_does_not_reach_them():

@@ -1,4 +1,4 @@
-"""Whole address spaces: fork, write-protection, peers, the streaming limit, why batches end, capture."""
+"""Whole address spaces: fork, write-protection, unmapping, peers, the streaming limit, why batches end, capture."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ptebatch.fork import ForkPlan
 from ptebatch.mm import pte_pfns
 from ptebatch.protect import wrprotect_range
 from ptebatch.semantics import LATEST
+from ptebatch.zap import zap_range
 
 
 def batching(path: str) -> bool:
@@ -38,6 +39,30 @@ def test_wrprotect_range(run, memory, path):
             int(np.count_nonzero(present)),
             lambda: memory.entries.__setitem__(..., saved),
             lambda: wrprotect_range(memory, 0, 1 << 47, semantics=LATEST, batching=batching(path)),
+            check,
+        )
+    )
+
+
+def test_zap_range(run, memory, path):
+    entries, folios, rss = memory.entries.copy(), memory.folios.copy(), memory.rss.copy()
+
+    def reset() -> None:
+        memory.entries[...], memory.rss[...] = entries, rss
+        memory.folios.assign(folios)
+
+    def check(stats) -> None:
+        assert not memory.entries.any() and not memory.rss.any()
+        assert stats.ptes_present == rss.sum()
+
+    row = {"source": "core", "path": path, "operation": "zap_range"}
+    start, end = memory.vmas[0].start, memory.vmas[-1].end
+    run(
+        bench.Case(
+            row,
+            int(rss.sum()),
+            reset,
+            lambda: zap_range(memory, start, end, semantics=LATEST, batching=batching(path)),
             check,
         )
     )

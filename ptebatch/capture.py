@@ -911,8 +911,15 @@ class _Builder:
         entries = self._ptes(word)
         mm = Mm(
             self.layout, folios, vmas=self._vmas(word), **self._tables(entries), rss=self._rss(normal, word), mm_id=1,
-            name=f"{self.reader.comm}[{self.reader.pid}]",
+            name=f"{self.reader.comm}[{self.reader.pid}]", hugetlb_usage=int((self.hugetlb & self.present).sum()),
         )  # fmt: skip
+        if not self.reader.hidden:
+            zero = self.present & self.entries.zero
+            heads = zero & self.leaf & (self.entries.vpn % self.layout.ptrs_per_pte == 0)
+            mm.huge_zero = bool(heads.any())
+            folios.huge_zero_pfn = int(self.pfn[heads][0]) if mm.huge_zero else None
+            small = self.pfn[zero & ~self.leaf]
+            folios.zero_pfn = int(small[0]) if len(small) else None
         folios.swap.add(swap_keys(self.layout, mm.entries.reshape(-1), self.semantics))
         mm.validate()
         self._say(mm)

@@ -254,6 +254,7 @@ def _load(
     switches: list[str] | None,
     freeze: bool,
     swap: Literal["keep", "drop"] | None,
+    pmd: Literal["split", "keep"] = "split",
 ) -> _Source:
     """Make the address space that exactly one of a snapshot, a process and a workload stands for."""
     sources = {"SNAPSHOT": snapshot, "--pid": pid, "--workload": workload}
@@ -285,7 +286,7 @@ def _load(
         if pid != "self" and not pid.isdecimal():
             _usage(f"{pid!r} is neither a process id nor 'self'", "--pid")
         with _progress(f"capturing process {pid}") as progress:
-            seen = capture(pid, freeze=freeze, semantics=semantics, swap=swap or "keep", progress=progress)
+            seen = capture(pid, freeze=freeze, semantics=semantics, pmd=pmd, swap=swap or "keep", progress=progress)
         label = f"process {seen.env['pid']} ({seen.env['comm']})"
         return _Source(seen.mm, semantics, label, list(seen.bound), notes + seen.notes)
 
@@ -321,27 +322,6 @@ def _inferred(bound: list[str]) -> list[RenderableType | str]:
     from ptebatch import report
 
     return [report.inferred_text(bound)] if bound else []
-
-
-class _EachVma:
-    """Stands in for an implementation and remembers the counts of every VMA it copies."""
-
-    def __init__(self, impl: Any, progress: Progress, total: int) -> None:
-        self.check_range = impl.check_range
-        self._copy_page_range = impl.copy_page_range
-        self._progress = progress
-        self._total = total
-        self.counts: list[tuple[Vma, Any]] = []
-
-    def copy_page_range(self, ctx: Any, dst_mm: Mm, src_mm: Mm, stats: Any, *part: int) -> int:
-        """See `ptebatch.batch.copy_page_range`."""
-        before = stats.copy()
-        ret: int = self._copy_page_range(ctx, dst_mm, src_mm, stats, *part)
-        if self.counts and self.counts[-1][0] is ctx.src_vma:
-            before -= self.counts.pop()[1]
-        self.counts.append((ctx.src_vma, stats - before))
-        self._progress(len(self.counts), self._total)
-        return ret
 
 
 def _examples(*lines: str) -> str:
@@ -554,19 +534,24 @@ def fork(
     The process itself is not forked and not changed. What a live process does not show (write, accessed and dirty
     bits, for example) is inferred and listed: counts that depend on it are a bound.
     """
-    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
+    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap, "keep")
     from ptebatch.fork import ForkPlan, ForkStats
     from ptebatch.mm import digest
 
     with _hints(pid), _progress("forking") as progress:
         batching = False if no_batching else None
         plan = ForkPlan(source.mm, semantics=source.semantics, batching=batching, impl=impl)
-        plan.impl = each = _EachVma(plan.impl, progress, len(plan.contexts))
-        stats = plan.run()
+        copied: list[tuple[Vma, Any]] = []
+
+        def each(vma: Vma, counts: Any) -> None:
+            copied.append((vma, counts))
+            progress(len(copied), len(plan.contexts))
+
+        stats = plan.run(each)
     with _progress("computing the digest"):
         state = digest([source.mm, plan.child], source.mm.folios, source.semantics)
     vmas: list[dict[str, Any]] = []
-    for vma, counts in each.counts if by_vma else ():
+    for vma, counts in copied if by_vma else ():
         own = ForkStats.from_array(counts).to_dict()
         vmas.append({"start": vma.start, "end": vma.end, "name": vma.name, "stats": own})
 
@@ -644,7 +629,7 @@ def diff(
         _usage("give it twice, or once together with --set", "--semantics")
     if len(names) == 1 and not switches:
         _usage("compare it with what? Give --semantics a second time, or --set SWITCH=on|off", "--semantics")
-    source = _load(snapshot, pid, workload, names[0], None, freeze, swap)
+    source = _load(snapshot, pid, workload, names[0], None, freeze, swap, "keep")
     second, notes = _resolve_semantics(names[-1], switches, live=False)
     from ptebatch.diff import diff_forks
 

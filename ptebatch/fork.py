@@ -8,6 +8,7 @@ order of addresses, and gives the child its page tables.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -244,8 +245,14 @@ class ForkPlan:
         vmas = [vma for vma, _ in self._vmas]
         self.child = Mm(mm.layout, mm.folios, vmas=vmas, vpns=self._vpns, mm_id=mm_id, name=mm.name)
 
-    def run(self) -> ForkStats:
+    def run(self, each: Callable[[Vma, npt.NDArray[np.int64]], object] | None = None) -> ForkStats:
         """Copy. Raises before anything changes if an entry cannot be copied.
+
+        Parameters
+        ----------
+        each : callable, optional
+            Called as ``each(vma, counts)`` for every VMA when it is copied; the counts are those of
+            `ForkStats.from_array`.
 
         Raises
         ------
@@ -273,7 +280,7 @@ class ForkPlan:
         self.allocations.made = 0
         self._last_table = -1
         try:
-            failed = self._dup_mmap(stats, leaf_stats)
+            failed = self._dup_mmap(stats, leaf_stats, each)
         finally:
             used = self.child.pmd_entries != np.uint64(self.mm.layout.none_value)
             self.child.pmd_vpns, self.child.pmd_entries = self.child.pmd_vpns[used], self.child.pmd_entries[used]
@@ -285,7 +292,12 @@ class ForkPlan:
         leaf_stats[counts["tables_allocated"]] = len(self.child.vpns)
         return ForkStats.from_array(stats + leaf_stats)
 
-    def _dup_mmap(self, stats: npt.NDArray[np.int64], leaf_stats: npt.NDArray[np.int64]) -> str | None:
+    def _dup_mmap(
+        self,
+        stats: npt.NDArray[np.int64],
+        leaf_stats: npt.NDArray[np.int64],
+        each: Callable[[Vma, npt.NDArray[np.int64]], object] | None,
+    ) -> str | None:
         """Copy VMA by VMA; where it failed and why, or None."""
         if not self.allocations.allocate():
             return "before the first VMA (ENOMEM)"
@@ -293,7 +305,10 @@ class ForkPlan:
             where = f"{vma.start:#x}-{vma.end:#x}"
             if not self.allocations.allocate():
                 return f"before VMA {where} (ENOMEM)"
+            before = 0 if each is None else stats + leaf_stats
             ret = 0 if context is None else self._copy_vma(context, stats, leaf_stats)
+            if each is not None and context is not None:
+                each(context.src_vma, stats + leaf_stats - before)
             if ret:  # -EHWPOISON and -EBUSY become -ENOMEM on the way up
                 return f"copying VMA {where} (ENOMEM)"
         return None if self.allocations.allocate() else "after the last VMA (ENOMEM)"

@@ -14,7 +14,7 @@ from strategies import build, cases, count_rest, kernels
 from ptebatch import arch, workload
 from ptebatch.errors import ArgumentError, ForkError, PtebatchError, StateError
 from ptebatch.folio import FolioTable
-from ptebatch.fork import ForkPlan, fork
+from ptebatch.fork import ForkPlan, ForkStats, fork
 from ptebatch.mm import Mm, Vma, account, copy_state, digest
 from ptebatch.pmd import split_huge_pmd
 from ptebatch.semantics import V6_18, V6_19
@@ -282,3 +282,13 @@ def test_a_plan_can_be_run_again_after_a_split(impl_name):
         plan.reset()
         assert digest([mm], mm.folios, V6_19) == before
     assert after[0] == after[1]
+
+
+def test_every_vma_is_reported_with_its_own_counts(impl_name):
+    mm = workload.make(size="12MiB", folio="4KiB+2MiB", pmd=1, swap=0.1, vmas=2)
+    seen = []
+    stats = ForkPlan(mm, semantics=V6_18, impl=impl_name).run(lambda vma, counts: seen.append((vma, counts)))
+    assert [vma.start for vma, _ in seen] == [vma.start for vma in mm.vmas]
+    own = [ForkStats.from_array(counts) for _, counts in seen]
+    for name in ("ptes_present", "swap_entries", "pmds_copied", "tables_deposited", "folio_ref_add"):
+        assert sum(getattr(one, name) for one in own) == getattr(stats, name) > 0

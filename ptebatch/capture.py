@@ -735,10 +735,18 @@ class Seen:
     frames: Frames | None
 
 
-def look(pid: int | str, *, retries: int = 3) -> Seen:
-    """Read what `capture` reads, and build nothing from it; same errors."""
+def look(pid: int | str, *, within: Sequence[tuple[int, int]] | None = None, retries: int = 3) -> Seen:
+    """Read what `capture` reads, and build nothing from it; same errors.
+
+    Parameters
+    ----------
+    pid, retries
+        See `capture`.
+    within : sequence of (start, end), optional
+        Only entries of the areas that overlap these byte addresses; all areas are listed either way.
+    """
     name = _check_arguments(pid, "keep", "keep", retries)
-    reader = _Reader(name, lambda done, total: None)
+    reader = _Reader(name, lambda done, total: None, within)
     try:
         reader.run(retries)
     finally:
@@ -749,8 +757,9 @@ def look(pid: int | str, *, retries: int = 3) -> Seen:
 class _Reader:
     """Everything that is read, until it is consistent."""
 
-    def __init__(self, pid: str, progress: Progress) -> None:
+    def __init__(self, pid: str, progress: Progress, within: Sequence[tuple[int, int]] | None = None) -> None:
         self.pid = pid
+        self._within = within
         self.own = int(pid) == os.getpid()
         self.rounds = 0
         self.areas: list[Area] = []
@@ -811,7 +820,10 @@ class _Reader:
             )
         settled.update(unsettled)
         self.scans = self._pagemap.scans
-        self.entries = Entries.join([settled[area.key] for area in self.areas] or [self.entries])
+        self.entries = Entries.join([settled[a.key] for a in self.areas if a.key in settled] or [self.entries])
+
+    def _wanted(self, area: Area) -> bool:
+        return self._within is None or any(start < area.end and area.start < end for start, end in self._within)
 
     def _round(self, settled: dict[tuple[Any, ...], Entries]) -> dict[tuple[Any, ...], Entries]:
         """Read what is not settled twice; returns what was not the same."""
@@ -821,7 +833,7 @@ class _Reader:
         if not self.areas:
             _no_memory(self.pid)
         self.step()
-        pending = [area for area in self.areas if area.key not in settled]
+        pending = [area for area in self.areas if area.key not in settled and self._wanted(area)]
         whole = len(pending) == len(self.areas)
         before = self._pagemap.read(pending, whole)
         self.step()

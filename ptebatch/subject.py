@@ -24,7 +24,7 @@ PAGE, PMD = 4096, 2 << 20
 PROT_NONE, PROT_RW = 0, 3
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x2, 0x10, 0x20, 0x4000
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
-MADV_DONTFORK, MADV_DOFORK, MADV_HUGEPAGE = 10, 11, 14
+MADV_DONTFORK, MADV_DOFORK, MADV_HUGEPAGE, MADV_COLD = 10, 11, 14, 20
 PR_SET_PDEATHSIG = 1
 _SYS_USERFAULTFD, _SYS_IO_URING_SETUP, _SYS_IO_URING_REGISTER = 323, 425, 427
 _UFFDIO_API, _UFFDIO_REGISTER, _UFFDIO_WRITEPROTECT = 0xC018AA3F, 0xC020AA00, 0xC018AA06
@@ -140,6 +140,13 @@ def do_munmap(address: int, size: int) -> None:
 def do_mlock(address: int, size: int) -> None:
     """mlock(2)."""
     _call("mlock", address, size)
+
+
+def do_drain() -> None:
+    """Have this CPU's lists of pages on their way to or from the LRU given up: each holds references."""
+    at = _call("mmap", 0, PAGE, PROT_RW, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    _call("madvise", at, PAGE, MADV_COLD)
+    _call("munmap", at, PAGE)
 
 
 def do_mremap(address: int, size: int, to: int) -> None:

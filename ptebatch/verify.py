@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
+import itertools
 import os
 import random
 import re
@@ -33,10 +35,12 @@ from ptebatch import arch, live
 from ptebatch import capture as cap
 from ptebatch import folio as f
 from ptebatch.capture import Seen, capture, look
-from ptebatch.errors import ArgumentError, PermissionDeniedError, PtebatchError, StateError
+from ptebatch.errors import ArgumentError, PermissionDeniedError, PtebatchError, StateError, UnsupportedEntryError
+from ptebatch.fault import touch
 from ptebatch.fork import fork, vma_needs_copy
 from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, Mm, pte_pfns, swap_types
 from ptebatch.semantics import KernelSemantics, running
+from ptebatch.zap import exit_mmap
 
 __all__ = ["MAX_BYTES", "QUANTITIES", "SCENARIOS", "Outcome", "Scenario", "Skip", "run", "select"]
 
@@ -53,6 +57,7 @@ PATIENCE = 180.0
 _ATTEMPTS = 3
 """Runs of a scenario that fails: whoever else moves, reclaims or watches pages meanwhile does not do so every time, and
 a model that is wrong is wrong every time."""
+_FEW = 150  # pages of an area; of a larger one, only some are written to
 _SHOWN = 20  # mismatches kept as text
 _U = np.uint64
 
@@ -75,8 +80,7 @@ QUANTITIES: tuple[tuple[str, str, str], ...] = (
     ("young", "seen", "as a total: Referenced of every area"),
     ("dirty", "seen", "as a total: Shared_Dirty and Private_Dirty of every area"),
     ("write", "inferred", "whether writing to the page takes a fault"),
-    ("refcount, large mapcount, MM-ID slots", "inferred", "only where a write fault decides by them"),
-    ("anon-exclusive of further pages of a large folio", "inferred", "only where a write fault decides by it"),
+    ("reuse or copy", "inferred", "the page a write ends in: refcount, large mapcount, MM-ID slots, anon-exclusive"),
     ("exclusive bit of a swap entry, swap counts", "unseen", ""),
     ("batches, -EAGAIN rounds and other operation counts", "unseen", "they leave no trace"),
     ("soft-dirty, device-private and hwpoison entries, migration entries", "unseen",
@@ -121,8 +125,8 @@ class World:
         self.areas: list[tuple[int, int]] = []
         self.facts: list[_Fact] = []
         self.pins: list[tuple[int, int]] = []
+        self.by_ptes: list[tuple[int, int]] = []
         self.event_fork: list[tuple[int, int, int]] = []
-        self.no_store: list[tuple[int, int]] = []
         self._directories = contextlib.ExitStack()
         self._bytes = 0
 
@@ -185,8 +189,10 @@ class World:
         self.know(at, nr, write=writable, young=True, dirty=False)
 
     def split(self, at: int, nr: int) -> None:
-        """Have PTEs map what PMDs do."""
+        """Have PTEs map what PMDs do, and keep khugepaged from changing that back."""
+        self.madvise(at, nr, MADV_NOHUGEPAGE)
         self.subject.call("split", runs=[[at, nr]])
+        self.by_ptes.append((at, at + nr * PAGE))
 
     def madvise(self, at: int, nr: int, advice: int) -> None:
         """madvise(2)."""
@@ -410,6 +416,7 @@ class _Comparison:
         self.outcome = outcome
         self.lines: list[str] = []
         self.where = ""
+        self.pfn = "PFN shared or copied"
 
     def _count(self, quantity: str, checks: int, mismatches: int) -> None:
         counts = self.outcome.quantities.setdefault(quantity, [0, 0])
@@ -507,13 +514,13 @@ class _View:
     status: dict[str, int]
 
 
-def _view(pid: int) -> _View:
+def _view(pid: int, world: World) -> _View:
     status = Path(f"/proc/{pid}/status").read_text()
-    return _View(look(pid), {name: int(kb) for name, kb in _STATUS.findall(status)})
+    return _View(look(pid, within=world.areas), {name: int(kb) for name, kb in _STATUS.findall(status)})
 
 
 class _Model:
-    """What the model predicts; `made` says which real page each page it allocated is."""
+    """What the model predicts; `made` says which real page each page it allocated is, `replaced` in whose place."""
 
     def __init__(self, world: World, semantics: KernelSemantics) -> None:
         found = capture(world.subject.pid, semantics=semantics, pmd="keep")
@@ -524,6 +531,7 @@ class _Model:
         self.layout = self.mm.layout.configured(semantics.config.mem_soft_dirty, semantics.config.x86_shstk)
         self.folios = self.mm.folios
         self.made: dict[int, int | None] = {}
+        self.replaced: dict[int, int | None] = {}
         self._learn(world)
 
     def _learn(self, world: World) -> None:
@@ -570,6 +578,20 @@ class _Model:
     def _leaf_pfn(self, value: int) -> int:
         return arch.pte_pfn(self.layout, value) & ~511
 
+    def write(self, mm: Mm, addr: int, impl: str) -> bool:
+        """Write to a page; whether that takes a fault."""
+        before = int(_pages(mm, addr, addr + PAGE).pfn[0])
+        result = touch(mm, addr, "write", semantics=self.semantics, impl=impl)
+        if result.action == "copy":
+            self.replaced[result.pfn] = self.made.get(before, before)
+            self.made[result.pfn] = None
+        return result.faulted
+
+    def forget(self) -> None:
+        """Forget pages that are free again."""
+        self.made = {pfn: real for pfn, real in self.made.items() if pfn in self.folios}
+        self.replaced = {pfn: real for pfn, real in self.replaced.items() if pfn in self.made}
+
     def fork(self, mm: Mm, impl: str) -> Mm:
         """The child; pages that did not exist before are new ones."""
         before = set(self.folios.pages_table()["pfn"].tolist())
@@ -578,13 +600,16 @@ class _Model:
         return child
 
 
-def _compare(check: _Comparison, model: _Model, mm: Mm, view: _View, world: World) -> None:
-    """Compare all that shows of a process with the model's."""
+def _compare(check: _Comparison, model: _Model, mm: Mm, view: _View, world: World, family: Iterable[Mm]) -> None:
+    """Compare all that shows of a process with the model's; the family is everybody who may map its pages."""
     seen = view.seen
     assert seen.frames is not None
+    mapped = [_pages(one, start, end) for one in family for start, end in world.areas]
+    pfns = set(itertools.chain.from_iterable(pages.pfn[pages.normal].tolist() for pages in mapped))
+    taken = pfns - set(model.made) | {real for pfn in pfns if (real := model.made.get(pfn)) is not None}
     for start, end in world.areas:
         pages = _pages(mm, start, end)
-        _compare_pages(check, model, pages, seen)
+        _compare_pages(check, model, pages, seen, taken)
         _compare_areas(check, model, mm, seen, start, end)
 
 
@@ -594,7 +619,7 @@ def _dense(values: npt.NDArray[Any], at: I64, nr: int) -> npt.NDArray[Any]:
     return out
 
 
-def _compare_pages(check: _Comparison, model: _Model, pages: _Pages, seen: Seen) -> None:
+def _compare_pages(check: _Comparison, model: _Model, pages: _Pages, seen: Seen, taken: set[int]) -> None:
     nr, layout = len(pages.entry), model.layout
     addresses = pages.start + np.arange(nr, dtype=np.int64) * PAGE
     first, last = np.searchsorted(seen.entries.vpn, [addresses[0] >> 12, (addresses[-1] >> 12) + 1])
@@ -614,22 +639,21 @@ def _compare_pages(check: _Comparison, model: _Model, pages: _Pages, seen: Seen)
     real = (value & _U(cap.PM_PFN)).astype(np.int64)
     new = np.isin(pages.pfn, np.array(list(model.made), dtype=np.int64)) & present & pages.normal
     old = present & ~new
-    check.arrays("PFN shared or copied", addresses[old], real[old], pages.pfn[old], "{:#x}")
+    check.arrays(check.pfn, addresses[old], real[old], pages.pfn[old], "{:#x}")
     frames = seen.frames
     assert frames is not None
-    taken = set(model.folios.pages_table()["pfn"].tolist()) - set(model.made)
-    taken |= {pfn for pfn in model.made.values() if pfn is not None}
     for i in np.flatnonzero(new).tolist():
         number, known = int(real[i]), model.made[int(pages.pfn[i])]
         if known is None:
             flags = int(frames.flags[frames.where(np.array([number]))[0]])
             own = number not in taken and not flags >> cap.KPF_HEAD & 1 and not flags >> cap.KPF_TAIL & 1
             own = own or (number not in taken and bool(pages.order[i]))
-            check.equal("copied pages", f"page {int(addresses[i]):#x}", "own page" if own else "shared", "own page")
+            own = own and number != model.replaced.get(int(pages.pfn[i]))
+            check.equal("copied pages", f"page {int(addresses[i]):#x}", "own page" if own else "no copy", "own page")
             model.made[int(pages.pfn[i])] = number
             taken.add(number)
         else:
-            check.equal("PFN shared or copied", f"page {int(addresses[i]):#x}", number, known)
+            check.equal(check.pfn, f"page {int(addresses[i]):#x}", number, known)
 
     normal = pages.normal & present
     where = frames.where(real[normal])
@@ -756,6 +780,7 @@ def _wanted(scenario: Scenario) -> dict[str, str]:
         if scenario.folio not in live.folio_sizes():
             raise Skip(f"this kernel has no anonymous folios of {scenario.folio >> 10} KiB")
         want(str(live.THP / "khugepaged" / "scan_sleep_millisecs"), "600000")
+        want(str(live.THP / "khugepaged" / "pages_to_scan"), "1")
         wanted |= live.mthp(scenario.folio)
     if "ksm" in scenario.needs:
         if not os.path.exists(_KSM):
@@ -896,13 +921,50 @@ class _Run:
     def all(self, stack: contextlib.ExitStack) -> None:
         events = self._events(stack)
         process: live.Process = self.world.subject
+        children = []
         for generation in ("child", "grandchild")[: self.scenario.depth]:
             child = self._fork(process, generation, events)
             process = stack.enter_context(child)
+            children.append(child)
+        # The youngest writes to all of its pages, the others leave some: nobody else may map those when they do.
+        self._step("writes", lambda number, i: number == len(children) or i % (2 + number) == 1)
+        if not self._exit(children):
+            return
+        self._step("writes again", lambda number, i: True)
+
+    def _step(self, what: str, which: Callable[[int, int], bool]) -> None:
+        """Everybody writes to pages, by number in the family and index; then everybody is compared again."""
         if self.check.lines:
             return  # what the model does not know may make a write wait for ever
+        self.check.pfn = "reuse or copy"
+        for number, (process, mm, name) in enumerate(self.family):
+            self.check.where = f"{name} {what}"
+            self._store(process, mm, functools.partial(which, number))
         for process, mm, name in self.family:
-            self._store(process, mm, name)
+            self.check.where = f"{name} when all have written" if len(self.family) > 1 else f"{name} {what}"
+            _compare(self.check, self.model, mm, _view(process.pid, self.world), self.world, self._mms())
+
+    def _exit(self, children: list[live.Child]) -> bool:
+        """The children exit, the youngest first; False if the model cannot follow."""
+        if self.check.lines:
+            return False
+        for child in reversed(children):
+            _, mm, _ = self.family[-1]
+            self._store_leaves(child, mm)
+            try:
+                exit_mmap(mm, semantics=self.semantics, impl=self.impl)
+            except UnsupportedEntryError:
+                return False
+            child.end()
+            self.family.pop()
+            self.model.forget()
+            for process, mm, name in self.family:
+                self.check.where = f"{name} after a child's exit"
+                _compare(self.check, self.model, mm, _view(process.pid, self.world), self.world, self._mms())
+        return True
+
+    def _mms(self) -> list[Mm]:
+        return [mm for _, mm, _ in self.family]
 
     def _events(self, stack: contextlib.ExitStack) -> Callable[[], object]:
         """Read fork events: a fork waits until somebody has."""
@@ -931,22 +993,23 @@ class _Run:
                 self.family.append((process, self.model.mm, "parent"))
                 self._expect_folios()
                 check.where = "before the fork"
-                before = _view(process.pid)
-                _compare(check, self.model, self.model.mm, before, world)
+                before = _view(process.pid, self.world)
+                _compare(check, self.model, self.model.mm, before, world, self._mms())
                 _compare_process(check, self.model.mm, before, None)
             model = self.model
             mm = self.family[-1][1]
             exact = name == "child" and before.status["VmPTE"] == _tables(mm) * (PAGE >> 10)
             predicted = model.fork(mm, self.impl)
+            family = [*self._mms(), predicted]
             child = held.run(events)
             check.where = f"{self.family[-1][2]} after the fork"
-            view = _view(process.pid)
-            _compare(check, model, mm, view, world)
+            view = _view(process.pid, self.world)
+            _compare(check, model, mm, view, world, family)
             if name == "child":
                 _compare_process(check, mm, view, _tables(mm) if exact else None)
             check.where = f"{name} after the fork"
-            view = _view(child.pid)
-            _compare(check, model, predicted, view, world)
+            view = _view(child.pid, self.world)
+            _compare(check, model, predicted, view, world, family)
             if name == "child":
                 tables = _tables_of_child(mm, predicted, self.semantics) if exact else None
                 _compare_process(check, predicted, view, tables)
@@ -959,28 +1022,44 @@ class _Run:
         chance = self.scenario.build is _random
         if order and not chance and not any((pages.order == order).any() for pages in areas):
             raise Skip(f"memory is too fragmented for folios of {self.scenario.folio >> 10} KiB")
+        if any(_pages(self.model.mm, start, end).leaf.any() for start, end in self.world.by_ptes):
+            raise StateError("something maps by PMDs what was to be mapped by PTEs")
 
-    def _storable(self, mm: Mm, pages: _Pages, start: int) -> Bool:
-        layout = self.model.layout
-        vma = [mm.vma_at(start + i * PAGE) for i in range(len(pages.entry))]
+    def _storable(self, mm: Mm, pages: _Pages) -> Bool:
+        """Pages that are there and may be written to without waiting for anybody."""
+        vma = [mm.vma_at(pages.start + i * PAGE) for i in range(len(pages.entry))]
         writable = np.array([v is not None and bool(v.vm_flags & arch.VM_WRITE) for v in vma], dtype=bool)
         registered = np.array([v is not None and bool(v.vm_flags & arch.VM_UFFD_WP) for v in vma], dtype=bool)
-        protected = registered & (pages.entry & _U(layout.uffd_wp) != 0)
-        return pages.present & writable & ~protected & ~pages.hugetlb & ~pages.leaf
+        protected = registered & (pages.entry & _U(self.model.layout.uffd_wp) != 0)
+        return pages.present & writable & ~protected & ~pages.hugetlb
 
-    def _store(self, process: live.Process, mm: Mm, name: str) -> None:
-        """Write one byte of each page: a fault if, and only if, the entry is not writable."""
-        layout = self.model.layout
+    def _store(self, process: live.Process, mm: Mm, which: Callable[[int], bool]) -> None:
+        """Write one byte of each page: whether that takes a fault, and the page it ends in."""
         for start, end in self.world.areas:
             pages = _pages(mm, start, end)
-            storable = np.flatnonzero(self._storable(mm, pages, start))
-            if not len(storable):
+            nr = len(pages.entry)
+            some = range(nr) if nr <= _FEW else {*range(_FEW // 3), *range(nr - _FEW // 3, nr), *range(0, nr, 11)}
+            chosen = np.array([i in some and which(i) for i in range(nr)], dtype=bool)
+            addresses = start + np.flatnonzero(self._storable(mm, pages) & ~pages.leaf & chosen) * PAGE
+            if not len(addresses):
                 continue
-            addresses = start + storable * PAGE
             faults = process.call("store", runs=[[at, 1] for at in addresses.tolist()])
-            self.check.where = f"{name} writes"
-            predicted = pages.entry[storable] & _U(layout.write) == 0
-            self.check.arrays("write", addresses, np.array(faults) == 0, ~predicted)
+            predicted = [self.model.write(mm, at, self.impl) for at in addresses.tolist()]
+            self.check.arrays("write", addresses, np.array(faults) > 0, np.array(predicted))
+        process.call("drain")  # a page with a stray reference is copied where the model reuses it
+
+    def _store_leaves(self, process: live.Process, mm: Mm) -> None:
+        """Write to each PMD leaf before the process exits: a fault if, and only if, it is not writable."""
+        for start, end in self.world.areas:
+            pages = _pages(mm, start, end)
+            first = pages.leaf & (np.arange(len(pages.entry)) + (start >> 12) & 511 == 0)
+            chosen = np.flatnonzero(self._storable(mm, pages) & first)
+            if len(chosen):
+                addresses = start + chosen * PAGE
+                faults = process.call("store", runs=[[at, 1] for at in addresses.tolist()])
+                self.check.arrays(
+                    "write", addresses, np.array(faults) > 0, pages.entry[chosen] & _U(self.model.layout.write) == 0
+                )
 
 
 # --- the scenarios ----------------------------------------------------------------------------------------------------
@@ -996,7 +1075,7 @@ def _anon(nr: int) -> Callable[[World], None]:
 
 for _kib, _name in ((4, "4k"), (16, "16k"), (32, "32k"), (64, "64k"), (128, "128k"), (256, "256k"), (512, "512k"),
                     (1024, "1m"), (2048, "2m")):  # fmt: skip
-    _scenario(f"anon-{_name}", folio=_kib << 10)(_anon(max(256, _kib // 2)))
+    _scenario(f"anon-{_name}", folio=_kib << 10)(_anon(max(64, _kib // 2)))
 
 
 @_scenario("partial-64k", folio=64 << 10)

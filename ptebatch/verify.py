@@ -35,7 +35,7 @@ from ptebatch import arch, live
 from ptebatch import capture as cap
 from ptebatch import folio as f
 from ptebatch.capture import Seen, capture, look
-from ptebatch.errors import ArgumentError, PermissionDeniedError, PtebatchError, StateError, UnsupportedEntryError
+from ptebatch.errors import ArgumentError, PermissionDeniedError, PtebatchError, StateError
 from ptebatch.fault import touch
 from ptebatch.fork import fork, vma_needs_copy
 from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, Mm, pte_pfns, swap_types
@@ -583,8 +583,9 @@ class _Model:
         before = int(_pages(mm, addr, addr + PAGE).pfn[0])
         result = touch(mm, addr, "write", semantics=self.semantics, impl=impl)
         if result.action == "copy":
+            first = result.pfn - (addr // PAGE & result.nr - 1)
+            self.made.update(dict.fromkeys(range(first, first + result.nr)))
             self.replaced[result.pfn] = self.made.get(before, before)
-            self.made[result.pfn] = None
         return result.faulted
 
     def forget(self) -> None:
@@ -928,8 +929,7 @@ class _Run:
             children.append(child)
         # The youngest writes to all of its pages, the others leave some: nobody else may map those when they do.
         self._step("writes", lambda number, i: number == len(children) or i % (2 + number) == 1)
-        if not self._exit(children):
-            return
+        self._exit(children)
         self._step("writes again", lambda number, i: True)
 
     def _step(self, what: str, which: Callable[[int, int], bool]) -> None:
@@ -944,24 +944,19 @@ class _Run:
             self.check.where = f"{name} when all have written" if len(self.family) > 1 else f"{name} {what}"
             _compare(self.check, self.model, mm, _view(process.pid, self.world), self.world, self._mms())
 
-    def _exit(self, children: list[live.Child]) -> bool:
-        """The children exit, the youngest first; False if the model cannot follow."""
+    def _exit(self, children: list[live.Child]) -> None:
+        """The children exit, the youngest first; those that are left are compared again each time."""
         if self.check.lines:
-            return False
+            return
         for child in reversed(children):
-            _, mm, _ = self.family[-1]
-            self._store_leaves(child, mm)
-            try:
-                exit_mmap(mm, semantics=self.semantics, impl=self.impl)
-            except UnsupportedEntryError:
-                return False
+            mm = self.family[-1][1]
+            exit_mmap(mm, semantics=self.semantics, impl=self.impl)
             child.end()
             self.family.pop()
             self.model.forget()
             for process, mm, name in self.family:
                 self.check.where = f"{name} after a child's exit"
                 _compare(self.check, self.model, mm, _view(process.pid, self.world), self.world, self._mms())
-        return True
 
     def _mms(self) -> list[Mm]:
         return [mm for _, mm, _ in self.family]
@@ -1031,7 +1026,8 @@ class _Run:
         writable = np.array([v is not None and bool(v.vm_flags & arch.VM_WRITE) for v in vma], dtype=bool)
         registered = np.array([v is not None and bool(v.vm_flags & arch.VM_UFFD_WP) for v in vma], dtype=bool)
         protected = registered & (pages.entry & _U(self.model.layout.uffd_wp) != 0)
-        return pages.present & writable & ~protected & ~pages.hugetlb
+        modelled = ~pages.hugetlb & ~(pages.leaf & pages.normal & ~pages.anon)
+        return pages.present & writable & ~protected & modelled
 
     def _store(self, process: live.Process, mm: Mm, which: Callable[[int], bool]) -> None:
         """Write one byte of each page: whether that takes a fault, and the page it ends in."""
@@ -1040,26 +1036,13 @@ class _Run:
             nr = len(pages.entry)
             some = range(nr) if nr <= _FEW else {*range(_FEW // 3), *range(nr - _FEW // 3, nr), *range(0, nr, 11)}
             chosen = np.array([i in some and which(i) for i in range(nr)], dtype=bool)
-            addresses = start + np.flatnonzero(self._storable(mm, pages) & ~pages.leaf & chosen) * PAGE
+            addresses = start + np.flatnonzero(self._storable(mm, pages) & chosen) * PAGE
             if not len(addresses):
                 continue
             faults = process.call("store", runs=[[at, 1] for at in addresses.tolist()])
             predicted = [self.model.write(mm, at, self.impl) for at in addresses.tolist()]
             self.check.arrays("write", addresses, np.array(faults) > 0, np.array(predicted))
         process.call("drain")  # a page with a stray reference is copied where the model reuses it
-
-    def _store_leaves(self, process: live.Process, mm: Mm) -> None:
-        """Write to each PMD leaf before the process exits: a fault if, and only if, it is not writable."""
-        for start, end in self.world.areas:
-            pages = _pages(mm, start, end)
-            first = pages.leaf & (np.arange(len(pages.entry)) + (start >> 12) & 511 == 0)
-            chosen = np.flatnonzero(self._storable(mm, pages) & first)
-            if len(chosen):
-                addresses = start + chosen * PAGE
-                faults = process.call("store", runs=[[at, 1] for at in addresses.tolist()])
-                self.check.arrays(
-                    "write", addresses, np.array(faults) > 0, pages.entry[chosen] & _U(self.model.layout.write) == 0
-                )
 
 
 # --- the scenarios ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ MEMMAP_CONSTANTS: dict[str, int]
 SWAP_CONSTANTS: dict[str, int]
 SWP_KINDS: tuple[str, ...]
 RESULTS: dict[str, int]
+SIMD_LEVELS: dict[str, int]
+SIMD_SUPPORTED: tuple[str, ...]
 
 def py_folio_pte_batch(
     table: U64,
@@ -82,6 +84,7 @@ def py_copy_page_range(
     rss: I64,
     stats: I64,
     state: I64,
+    fast: U64,
 ) -> tuple[int, int, bool]: ...
 def py_check_range(
     table: U64,
@@ -98,6 +101,7 @@ def py_check_range(
     as_kernel: bool,
     kinds: int,
     kinds_high: int,
+    fast: U64,
 ) -> tuple[int, int, int]: ...
 def py_wrprotect_range(
     table: U64,

@@ -35,6 +35,37 @@ cdef extern from * nogil:
     """
     void prefetch "PTEBATCH_PREFETCH"(const void *p)
 
+cdef extern from "_lane.h" nogil:
+    enum: LANE_OFF, LANE_SCALAR, LANE_AVX2, LANE_AVX512
+    enum: X86_PFN_SHIFT, X86_WRITE_BIT, X86_SAVED_DIRTY_SHIFT
+    const uint64_t LANE_HALF_MAPCOUNT, LANE_HALF_COUNTER
+    # The memmap word.
+    enum: MAPCOUNT_BITS_, COUNTER_SHIFT_, COUNTER_BITS_, ORDER_SHIFT_, ORDER_BITS_, DEVICE_BIT_, AE_BIT_, ANON_BIT_
+    enum: SWAPBACKED_BIT_, KSM_BIT_, HUGETLB_BIT_, PINNED_BIT_, HWPOISON_BIT_, VALID_BIT_
+    enum: AUX_COUNT_BITS_, AUX_ID_BITS_, AUX_DIRTY_BIT_, AUX_LOCKED_BIT_, AUX_SHARED_BIT_, SECTION_SHIFT_, TOP_SHIFT_
+    struct lane:
+        uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable, fold_dirty, saved_dirty
+        uint64_t clear, child_clear
+        int level, cow, clamp, prefetch
+        uint64_t *words
+        uint64_t *aux
+        size_t nr_words
+        const int32_t *top
+        const int32_t *sub
+        size_t nr_top, nr_sub
+        uint64_t extent_pfn, extent_len
+        size_t extent_at
+        uint64_t small_mask, small_value, large_mask
+        int large_mapcount, mm_id, large_ok, sole
+        uint64_t page_mapcount, mm
+        int64_t *hist
+        int64_t none, exclusive, reads, wrprotects, wrprotected
+        int64_t rss[4]
+        uint64_t mapcounts
+    bint lane_supported(int level)
+    size_t lane_run(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead)
+    size_t lane_check(const lane *l, const uint64_t *entries, size_t n)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants and structs
@@ -42,30 +73,6 @@ cdef extern from * nogil:
 
 cdef enum:
     KIND_X86_ = 1
-
-# The memmap word; ptebatch.folio holds the same numbers under public names and ptebatch.batch compares them on import.
-cdef enum:
-    MAPCOUNT_BITS_ = 24
-    COUNTER_SHIFT_ = 24
-    COUNTER_BITS_ = 26
-    ORDER_SHIFT_ = 50
-    ORDER_BITS_ = 5
-    DEVICE_BIT_ = 55
-    AE_BIT_ = 56
-    ANON_BIT_ = 57
-    SWAPBACKED_BIT_ = 58
-    KSM_BIT_ = 59
-    HUGETLB_BIT_ = 60
-    PINNED_BIT_ = 61
-    HWPOISON_BIT_ = 62
-    VALID_BIT_ = 63
-    AUX_COUNT_BITS_ = 26
-    AUX_ID_BITS_ = 20
-    AUX_DIRTY_BIT_ = 46
-    AUX_LOCKED_BIT_ = 47
-    AUX_SHARED_BIT_ = 63
-    SECTION_SHIFT_ = 6
-    TOP_SHIFT_ = 18
 
 # Swap-type entries; ptebatch.arch.SWP_KINDS has the names and ptebatch.swap the numbers of the swap map.
 cdef enum:
@@ -88,6 +95,8 @@ SWAP_CONSTANTS = {"KEY_TYPE_SHIFT": KEY_TYPE_SHIFT_, "SWAP_MAP_MAX": SWAP_MAP_MA
 cdef enum:
     PREFETCH_AHEAD = 64
     LINE_PAGES_SHIFT = 3
+    PREFETCH_WORDS = 1 << 16  # a smaller memmap is in the cache anyway
+    LANE_RETRY = 8  # entries checked one by one before the lane is asked again
 
 cdef uint64_t ONE = 1
 cdef enum:
@@ -234,6 +243,8 @@ MEMMAP_CONSTANTS = {
     "AUX_LOCKED_BIT": AUX_LOCKED_BIT_, "AUX_SHARED_BIT": AUX_SHARED_BIT_,
     "SECTION_SHIFT": SECTION_SHIFT_, "TOP_SHIFT": TOP_SHIFT_,
 }
+SIMD_LEVELS = {"off": LANE_OFF, "scalar": LANE_SCALAR, "avx2": LANE_AVX2, "avx512": LANE_AVX512}
+SIMD_SUPPORTED = tuple(name for name, level in SIMD_LEVELS.items() if lane_supported(level))
 RESULTS = {"E_NO_PAGE": E_NO_PAGE, "E_OVERFLOW": E_OVERFLOW, "E_UNSUPPORTED": E_UNSUPPORTED,
            "E_PREALLOC": E_PREALLOC, "E_GEOMETRY": E_GEOMETRY, "E_SWAP_SLOT": E_SWAP_SLOT,
            "E_SWAP_FULL": E_SWAP_FULL, "E_NOT_DEVICE": E_NOT_DEVICE, "E_UNMAPPED": E_UNMAPPED}
@@ -269,6 +280,8 @@ ctypedef struct walk:
     int64_t *stats
     int64_t *rss
     int64_t allocations  # that may still be made before one fails
+    lane *fast           # its level is LANE_OFF where it has nothing to do
+    Py_ssize_t end_row   # of src, for prefetching
     bint large           # the last page met is of a large folio whose MM-ID slots are kept
     uint64_t mapcounts   # OR of the mapcounts met in large folios
 
@@ -882,6 +895,10 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
     cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until
     cdef uint64_t pte
     while idx < end:
+        if W.fast.level:
+            idx += lane_run(W.fast, &src[srow, idx], &dst[drow, idx], end - idx, (W.end_row - srow) * src.shape[1] - idx)
+            if idx >= end:
+                break
         until = idx + PREFETCH_AHEAD if idx + PREFETCH_AHEAD < end else end
         if ahead < until:
             ahead = prefetch_pages(src, srow, ahead if ahead > idx else idx, until, L, M, W.large)
@@ -950,14 +967,20 @@ cdef inline int64_t main_loop_reads(const int64_t *stats, Py_ssize_t nr_hist) no
 
 
 cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t *at, Py_ssize_t end,
-                                   const pte_layout *L, const memmap *M, bint as_kernel, uint64_t kinds,
-                                   uint64_t kinds_high, uint64_t *fail_pfn) except -1 nogil:
+                                   const pte_layout *L, const memmap *M, const lane *F, bint as_kernel,
+                                   uint64_t kinds, uint64_t kinds_high, uint64_t *fail_pfn) except -1 nogil:
     """Read-only: every entry of one table that maps a page has it, and no swap type is unknown."""
-    cdef Py_ssize_t idx, page
+    cdef Py_ssize_t idx = at[0] - 1, page, retry = at[0]
     cdef uint64_t pte, pfn, type
     cdef int32_t entry
     cdef int kind
-    for idx in range(at[0], end):
+    while True:
+        idx += 1
+        if F.level and retry <= idx < end:
+            idx += lane_check(F, &table[row, idx], end - idx)
+            retry = idx + LANE_RETRY
+        if idx >= end:
+            return 0
         pte = table[row, idx]
         if pte_none(L, pte):
             continue
@@ -982,7 +1005,6 @@ cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row,
             at[0] = idx
             fail_pfn[0] = pfn
             return E_NO_PAGE
-    return 0
 
 
 cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t *at, Py_ssize_t end,
@@ -1348,6 +1370,92 @@ cdef swap_map view_swap(const uint64_t[::1] slots, int64_t[::1] counts) except *
     return S
 
 
+cdef int lane_memmap(lane *F, const memmap *M, const uint64_t[::1] fast) except -1:
+    """The level and what the memmap is like; the extent comes from outside and is cut to the storage."""
+    if fast.shape[0] != 5 or fast[0] > LANE_AVX512 or not lane_supported(fast[0]):
+        raise ValueError("no such SIMD level here")
+    memset(F, 0, sizeof(F[0]))
+    F.level = fast[0]
+    F.words = M.words
+    F.aux = M.aux
+    F.nr_words = M.nr_words
+    F.top = M.top
+    F.sub = M.sub
+    F.nr_top = M.nr_top
+    F.nr_sub = M.nr_sub
+    F.extent_pfn = fast[1]
+    F.extent_at = fast[3]
+    if fast[3] <= F.nr_words:
+        F.extent_len = min(<size_t>fast[2], F.nr_words - <size_t>fast[3])
+    F.prefetch = F.nr_words >= PREFETCH_WORDS
+    return 0
+
+
+cdef void lane_entries(lane *F, const pte_layout *L) noexcept nogil:
+    """How entries are written. The level becomes LANE_OFF where they are not what the lane's shifts are made for."""
+    if (L.kind != KIND_X86_ or L.pfn_shift != X86_PFN_SHIFT or L.write != ONE << X86_WRITE_BIT
+            or L.saved_dirty and L.saved_dirty != L.dirty << X86_SAVED_DIRTY_SHIFT):
+        F.level = LANE_OFF
+    F.none_value = L.none_value
+    F.none_ignore = L.none_ignore
+    F.present = L.present_mask
+    F.valid = L.valid
+    F.special = L.special
+    F.pfn_mask = L.pfn_mask
+    F.write = L.write
+    F.writable = L.write | (L.dirty if L.shstk else 0)
+    F.fold_dirty = L.dirty if L.saved_dirty else 0
+    F.saved_dirty = L.saved_dirty
+
+
+cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const batch_scan *B, int64_t *stats,
+                     bint sole) noexcept nogil:
+    """How to copy; the level becomes LANE_OFF where the lane does not know how."""
+    # A read-only dirty entry counts as writable on a CPU with shadow stacks: harmless to the lane where all of them end
+    # up write-protected, but elsewhere it would have to tell entry 0 from the others.
+    if R.src_shadow_stack or L.shstk and not R.cow or not R.dst_mm_id:
+        F.level = LANE_OFF
+    F.clear = B.clear
+    F.child_clear = L.young
+    if R.shared:
+        F.child_clear |= L.dirty | L.saved_dirty
+    if not R.dst_uffd_wp:
+        F.child_clear |= L.uffd_wp
+    F.cow = R.cow != 0
+    F.clamp = B.clamp
+    F.small_mask = (ONE << VALID_BIT_ | ((ONE << ORDER_BITS_) - 1) << ORDER_SHIFT_ | LANE_HALF_MAPCOUNT
+                    | LANE_HALF_COUNTER)
+    F.small_value = ONE << VALID_BIT_
+    F.large_mask = LANE_HALF_COUNTER
+    if R.has_pinned:
+        # From half of GUP_PIN_COUNTING_BIAS references on, copy_present_ptes() looks closer.
+        F.small_mask |= ((ONE << COUNTER_BITS_) - GUP_PIN_COUNTING_BIAS // 2) << COUNTER_SHIFT_
+        F.large_mask |= ONE << PINNED_BIT_
+    F.large_mapcount = R.large_mapcount != 0
+    F.mm_id = R.large_mapcount and R.mm_id
+    F.mm = R.dst_mm_id << AUX_COUNT_BITS_
+    F.page_mapcount = R.page_mapcount
+    F.large_ok = R.batching and not (R.near_limit and R.page_mapcount)
+    F.sole = sole
+    if sole:
+        F.small_mask |= (ONE << MAPCOUNT_BITS_) - 1
+        F.small_value |= 1
+    F.hist = stats + N_STATS
+
+
+cdef void lane_done(const lane *F, walk *W) noexcept nogil:
+    """Add what the lane counted."""
+    cdef int k
+    W.stats[S_PTES_NONE] += F.none
+    W.stats[S_ANON_EXCLUSIVE_CLEARED] += F.exclusive
+    W.stats[S_PTEP_GET] += F.reads
+    W.stats[S_WRPROTECT_PTES] += F.wrprotects
+    W.stats[S_PTES_WRPROTECTED] += F.wrprotected
+    for k in range(4):
+        W.rss[k] += F.rss[k]
+    W.mapcounts |= F.mapcounts
+
+
 cdef inline bint near_limit(const walk *W) noexcept:
     # The two top bits: one call would have to map one page 2^22 times to outrun this.
     return W.mapcounts >> (MAPCOUNT_BITS_ - 2) & 3 != 0
@@ -1464,7 +1572,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
                        uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
                        const int32_t[::1] sub not None, const uint64_t[::1] slots not None,
                        int64_t[::1] counts not None, const uint64_t[::1] pool not None, int64_t[::1] rss not None,
-                       int64_t[::1] stats not None, int64_t[::1] state not None):
+                       int64_t[::1] stats not None, int64_t[::1] state not None, const uint64_t[::1] fast not None):
     """Copy virtual pages start..end (page numbers) of nr_rows tables.
 
     state is [row, idx, pages used of the pool, allocations left, rows that the child has]: where to go on after
@@ -1475,12 +1583,14 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     cdef copy_rules R = read_rules(rules)
     cdef batch_scan B
     cdef walk W
+    cdef lane F
     cdef Py_ssize_t ret = 0, row = state[0], at = state[1], used = state[2], stop, nr_hist = src.shape[1] + 1
     cdef Py_ssize_t ptrs = src.shape[1], has_rows = state[4]
     cdef int64_t before
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef swap_map S = view_swap(slots, counts)
     check_stats(stats, ptrs)
+    lane_memmap(&F, &M, fast)
     if (dst.shape[1] != ptrs or state.shape[0] != 5 or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0
             or dst_row < 0 or row < 0 or at < 0 or used < 0 or src_row + nr_rows > src.shape[0]
             or dst_row + nr_rows > dst.shape[0]
@@ -1493,9 +1603,13 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     W.large = False
     W.stats = &stats[0]
     W.rss = &rss[0]
+    W.fast = &F
+    W.end_row = src_row + nr_rows
     with nogil:
         scan_rules(&L, &B, R.respect_dirty != 0, R.respect_soft_dirty != 0, False)
         B.clamp = R.fpb_clamp != 0
+        lane_entries(&F, &L)
+        lane_rules(&F, &L, &R, &B, W.stats, False)
         before = main_loop_reads(W.stats, nr_hist)
         while row < nr_rows:
             if row >= has_rows:
@@ -1514,6 +1628,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
                 break
             at = 0
             row += 1
+        lane_done(&F, &W)
         W.stats[S_PTEP_GET] += main_loop_reads(W.stats, nr_hist) - before
         derive_stats(W.stats, nr_hist)
         state[0] = row
@@ -1527,20 +1642,24 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
 def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpns not None, Py_ssize_t first_row,
                    Py_ssize_t nr_rows, int64_t start, int64_t end, const uint64_t[::1] layout not None,
                    uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
-                   const int32_t[::1] sub not None, bint as_kernel, uint64_t kinds, uint64_t kinds_high):
+                   const int32_t[::1] sub not None, bint as_kernel, uint64_t kinds, uint64_t kinds_high,
+                   const uint64_t[::1] fast not None):
     """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy."""
     cdef pte_layout L = read_layout(layout)
     cdef Py_ssize_t ret = 0, row, at = 0, stop, slots = table.shape[1]
     cdef uint64_t fail_pfn = NO_PFN
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef int64_t where = 0
+    cdef lane F
+    lane_memmap(&F, &M, fast)
     if first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]:
         raise ValueError("rows out of range")
     with nogil:
+        lane_entries(&F, &L)
         for row in range(first_row, first_row + nr_rows):
             at = start - vpns[row] if start > vpns[row] else 0
             stop = end - vpns[row] if end - vpns[row] < slots else slots
-            ret = check_table(table, row, &at, stop, &L, &M, as_kernel, kinds, kinds_high, &fail_pfn)
+            ret = check_table(table, row, &at, stop, &L, &M, &F, as_kernel, kinds, kinds_high, &fail_pfn)
             if ret:
                 where = vpns[row] + at
                 break

@@ -6,6 +6,7 @@ the kernel sources of each.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from errno import ENOMEM
 from functools import lru_cache
@@ -54,6 +55,18 @@ if _disagreements or _core.STAT_FIELDS != STAT_FIELDS or _core.SWP_KINDS != arch
     raise ImportError(
         f"the compiled core is of another version (STAT_FIELDS, {', '.join(_disagreements)}); rebuild it: make test"
     )
+
+def _level(name: str) -> int:
+    """The number of a SIMD level; `auto` is the best this CPU has."""
+    if name == "auto":
+        name = _core.SIMD_SUPPORTED[-1]
+    if name not in _core.SIMD_SUPPORTED:
+        raise ArgumentError(f"PTEBATCH_SIMD={name}: this CPU has {', '.join(_core.SIMD_SUPPORTED)} (or auto)")
+    return int(_core.SIMD_LEVELS[name])
+
+
+simd_level = _level(os.environ.get("PTEBATCH_SIMD", "auto"))
+"""The level the core's fast lane works at, a value of ``_core.SIMD_LEVELS``; from PTEBATCH_SIMD, and set by tests."""
 
 NO_PFN = (1 << 64) - 1
 MIN_POOL = 64
@@ -131,6 +144,11 @@ def _rule_words(ctx: ForkContext) -> U64:
 
 def _memmap(folios: FolioTable) -> tuple[U64, U64, npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     return folios._words, folios._aux, folios._top, folios._sub
+
+
+def _fast(folios: FolioTable, sole: bool = False) -> U64:
+    """What the fast lane has to know besides layout and rules, in the order `_core.lane_memmap` reads it."""
+    return np.array([simd_level, *folios.extent(), sole], dtype=np.uint64)
 
 
 def _raise(code: int, layout: PteLayout, entry: int, address: int | None, pfn: int) -> NoReturn:
@@ -299,7 +317,7 @@ def _copy(
 
     It comes back for more preallocated pages whenever it runs out of them, and for swap slots that are not known yet.
     """
-    layout, rules = _layout_words(ctx.layout), _rule_words(ctx)
+    layout, rules, fast = _layout_words(ctx.layout), _rule_words(ctx), _fast(ctx.folios)
     dst_row, src_row, nr_rows = rows
     before = _allocations_left(ctx)
     state = np.array([0, 0, 0, before, has_rows], dtype=np.int64)
@@ -308,7 +326,7 @@ def _copy(
     while True:
         ret, pfn, near_limit = _core.py_copy_page_range(
             dst, src, vpns, dst_row, src_row, nr_rows, start, end, layout, rules, *_memmap(ctx.folios), swap._slots,
-            swap._counts, pool, rss, stats, state,
+            swap._counts, pool, rss, stats, state, fast,
         )  # fmt: skip
         ctx.folios._walked(pool[: state[2]], near_limit)
         if ret == _core.RESULTS["E_SWAP_SLOT"]:
@@ -371,14 +389,14 @@ def check_range(
     """The read-only pass before a fork; see :func:`ptebatch.reference.check_range`."""
     checks.check_pfn_without_page(pfn_without_page)
     checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), False)
-    layout, memmap = _layout_words(mm.layout), _memmap(mm.folios)
+    layout, memmap, fast = _layout_words(mm.layout), _memmap(mm.folios), _fast(mm.folios)
     swap_rules = _swap_rules(semantics)
     shift = mm.layout.page_shift
     for vma in vmas:
         first, last = mm.rows(vma.start, vma.end)
         ret, vpn, pfn = _core.py_check_range(
             mm.entries, mm.vpns, first, last - first, vma.start >> shift, vma.end >> shift, layout, *memmap,
-            pfn_without_page == "as_kernel", swap_rules["swp_kinds"], swap_rules["swp_kinds_high"],
+            pfn_without_page == "as_kernel", swap_rules["swp_kinds"], swap_rules["swp_kinds_high"], fast,
         )  # fmt: skip
         if ret:
             _raise(ret, mm.layout, mm.pte(vpn << shift), vpn << shift, pfn)

@@ -98,8 +98,8 @@ class FolioTable:
     """
 
     __slots__ = (
-        "_aux", "_free_hint", "_near_limit", "_next_mm_id", "_nr_sections", "_pincounts", "_section_of", "_sub",
-        "_top", "_words", "huge_zero_pfn", "swap", "zero_pfn", "__weakref__",
+        "_aux", "_extent", "_free_hint", "_near_limit", "_next_mm_id", "_nr_sections", "_pincounts", "_section_of",
+        "_sub", "_top", "_words", "huge_zero_pfn", "swap", "zero_pfn", "__weakref__",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -111,6 +111,7 @@ class FolioTable:
         self._nr_sections = 0
         self._pincounts: dict[int, int] = {}
         self._near_limit = False
+        self._extent: tuple[int, int, int] | None = None
         self._next_mm_id = 1
         self._free_hint = 1
         self.swap = SwapTable()
@@ -206,6 +207,7 @@ class FolioTable:
             array[: n * SECTION_PAGES] = array[: n * SECTION_PAGES].reshape(n, SECTION_PAGES)[order].reshape(-1)
         self._section_of[:n] = self._section_of[:n][order]
         self._sub[self._sub_slots(self._section_of[:n])] = (np.arange(n) << 1 | full[order]).astype(np.int32)
+        self._extent = None
 
     def _update_full(self, sections: I64) -> None:
         """Recompute the `full` bit of existing sections."""
@@ -214,6 +216,24 @@ class FolioTable:
         valid = self._words[: n * SECTION_PAGES].reshape(n, SECTION_PAGES)[numbers] >> np.uint64(VALID_BIT)
         full = (valid != 0).all(axis=1)
         self._sub[self._sub_slots(sections)] = (numbers << 1 | full).astype(np.int32)
+        self._extent = None
+
+    def extent(self) -> tuple[int, int, int]:
+        """Longest stretch of memory whose pages all exist and whose words lie in order: (first PFN, pages, index).
+
+        What lies in it needs no look at the index: `index` is that of the first page's word.
+        """
+        if self._extent is None:
+            sections = self._section_of[: self._nr_sections]
+            full = self._sub[self._sub_slots(sections)] & 1
+            # Runs of consecutive full sections: each begins where the one before is not its neighbour.
+            begins = np.flatnonzero(full & np.r_[True, (np.diff(sections) != 1) | (full[:-1] == 0)])
+            ends = np.flatnonzero(full & np.r_[(np.diff(sections) != 1) | (full[1:] == 0), True]) + 1
+            longest = int(np.argmax(ends - begins)) if len(begins) else 0
+            first, last = (int(begins[longest]), int(ends[longest])) if len(begins) else (0, 0)
+            pfn = int(sections[first]) << SECTION_SHIFT if last else 0
+            self._extent = (pfn, (last - first) << SECTION_SHIFT, first << SECTION_SHIFT)
+        return self._extent
 
     # --- folios -------------------------------------------------------------------------------------------------------
 
@@ -609,6 +629,7 @@ class FolioTable:
                 setattr(self, name, theirs.copy())
         for name in ("_nr_sections", "_near_limit", "_next_mm_id", "_free_hint", "zero_pfn", "huge_zero_pfn"):
             setattr(self, name, getattr(other, name))
+        self._extent = other.extent()
         self._pincounts = dict(other._pincounts)
         self.swap = other.swap.copy()
 

@@ -1,0 +1,372 @@
+/*
+ * The fast lane of fork's copy: runs of entries that need nothing but the common case, at one of three SIMD levels.
+ *
+ * The lane is an accelerator, not a second engine. copy_pte_range() in _core.pyx offers it a run of slots; it copies from
+ * the front as many entries as it can prove to be common, leaves exactly what copy_present_ptes() would have left, and
+ * returns where it stopped. Whatever it stops at is done by copy_present_ptes(), and the lane is offered the rest.
+ * With the lane off (PTEBATCH_SIMD=off) the results are the same.
+ *
+ * Asked once per VMA (lane_setup in _core.pyx; the lane is off otherwise): x86 entries, no shadow-stack VMA.
+ * Asked of every entry:
+ *   none                         counted and passed over
+ *   present, not special         PROT_NONE included; other entries stop the lane
+ * Asked of every page or folio: it is in the memmap (bounds are checked in every build), no count is near its limit, it is
+ * not a hugetlb folio and cannot be pinned. Then there are these cases:
+ *   small folios                 lane_group: LANES entries in a row that all map small folios of one kind (anonymous,
+ *                                shmem, file), else one at a time (lane_small)
+ *   a batch of 2, 4, 8, 16       lane_whole: a folio mapped whole. One pass; all of it stays in registers
+ *   any other batch              lane_scan, then lane_rewrite: two passes over entries that are in the cache by then.
+ *                                lane_fused does both in one where entry 0 is writable, which settles that the parent's
+ *                                entries change
+ * Entries ahead of the lane, in later tables too, have the words of their pages prefetched (lane_prefetch).
+ *
+ * _lane_simd.h holds these functions once; it is included below for each level with that level's vector operations. Loops
+ * that are not about many entries at once are plain C further down. Each entry is read once per pass, and a page's index
+ * is bounds-checked after it was read, so that a concurrent writer can spoil results but not reach outside the arrays.
+ */
+#ifndef PTEBATCH_LANE_H
+#define PTEBATCH_LANE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define LANE_INLINE static inline __attribute__((always_inline))
+#define LANE_PREFETCH(p) __builtin_prefetch((p), 1)
+#define LANE_LIKELY(x) __builtin_expect(!!(x), 1)
+#else
+#define LANE_INLINE static inline
+#define LANE_PREFETCH(p) ((void)(p))
+#define LANE_LIKELY(x) (x)
+#endif
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define LANE_X86 1
+#include <immintrin.h>
+#else
+#define LANE_X86 0
+#endif
+
+enum lane_level { LANE_OFF, LANE_SCALAR, LANE_AVX2, LANE_AVX512 };
+
+/* The memmap word; ptebatch.folio holds the same numbers under public names and ptebatch.batch compares them on import. */
+enum {
+    MAPCOUNT_BITS_ = 24,
+    COUNTER_SHIFT_ = 24,
+    COUNTER_BITS_ = 26,
+    ORDER_SHIFT_ = 50,
+    ORDER_BITS_ = 5,
+    DEVICE_BIT_ = 55,
+    AE_BIT_ = 56,
+    ANON_BIT_ = 57,
+    SWAPBACKED_BIT_ = 58,
+    KSM_BIT_ = 59,
+    HUGETLB_BIT_ = 60,
+    PINNED_BIT_ = 61,
+    HWPOISON_BIT_ = 62,
+    VALID_BIT_ = 63,
+    AUX_COUNT_BITS_ = 26,
+    AUX_ID_BITS_ = 20,
+    AUX_DIRTY_BIT_ = 46,
+    AUX_LOCKED_BIT_ = 47,
+    AUX_SHARED_BIT_ = 63,
+    SECTION_SHIFT_ = 6,
+    TOP_SHIFT_ = 18
+};
+
+/* x86-64 entries; lane_setup compares them with the layout. */
+enum {
+    X86_PFN_SHIFT = 12,
+    X86_WRITE_BIT = 1,
+    X86_SAVED_DIRTY_SHIFT = 52 /* from Dirty to SavedDirty */
+};
+
+#define LANE_BIT(n) ((uint64_t)1 << (n))
+#define LANE_ONE_MAPPING (LANE_BIT(COUNTER_SHIFT_) + 1) /* of a small folio: one reference, one mapping */
+#define LANE_HALF_MAPCOUNT LANE_BIT(MAPCOUNT_BITS_ - 1) /* set in a count: too close to its limit for the lane */
+#define LANE_HALF_COUNTER LANE_BIT(COUNTER_SHIFT_ + COUNTER_BITS_ - 1)
+#define LANE_HALF_AUX LANE_BIT(AUX_COUNT_BITS_ - 1)
+
+enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_LARGE = 256 }; /* entries; of small and of large folios */
+
+struct lane {
+    /* entries */
+    uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable, fold_dirty, saved_dirty;
+    uint64_t clear;       /* what the normaliser of folio_pte_batch() removes, besides folding Dirty into SavedDirty */
+    uint64_t child_clear; /* and what a child's entry loses */
+    int level, cow, clamp, prefetch;
+    /* the memmap */
+    uint64_t *words, *aux;
+    size_t nr_words;
+    const int32_t *top, *sub;
+    size_t nr_top, nr_sub;
+    uint64_t extent_pfn; /* pages extent_pfn.. for extent_len have the words extent_at.. and all exist */
+    uint64_t extent_len;
+    size_t extent_at;
+    /* rules */
+    uint64_t small_mask, small_value; /* what the word of a small folio's page must be like; value without the kind */
+    uint64_t large_mask;              /* bits that the head of a large folio must not have */
+    int large_mapcount, mm_id, large_ok, sole;
+    uint64_t page_mapcount, mm;
+    /* counters */
+    int64_t *hist; /* by nr */
+    int64_t none, exclusive, reads, wrprotects, wrprotected, rss[4];
+    uint64_t mapcounts; /* OR of those met in large folios */
+};
+
+/* The kind of the folios of a run: bits that decide which rss counter they go to and whether they are exclusive. */
+#define LANE_KIND (LANE_BIT(ANON_BIT_) | LANE_BIT(SWAPBACKED_BIT_))
+
+LANE_INLINE int lane_rss(uint64_t w)
+{
+    return w >> ANON_BIT_ & 1 ? 1 : w >> SWAPBACKED_BIT_ & 1 ? 3 : 0;
+}
+
+LANE_INLINE uint64_t lane_pfn(const struct lane *l, uint64_t v)
+{
+    return ((v & l->valid ? v : ~v) & l->pfn_mask) >> X86_PFN_SHIFT;
+}
+
+/* Index of a PFN's word, nr_words if it has none. */
+LANE_INLINE size_t lane_page(const struct lane *l, uint64_t pfn)
+{
+    uint64_t rel = pfn - l->extent_pfn, block = pfn >> TOP_SHIFT_;
+    size_t at;
+    int32_t entry;
+    if (LANE_LIKELY(rel < l->extent_len))
+        return l->extent_at + rel;
+    if (block >= l->nr_top || (entry = l->top[block]) < 0)
+        return l->nr_words;
+    at = ((size_t)entry << (TOP_SHIFT_ - SECTION_SHIFT_)) + (pfn >> SECTION_SHIFT_ & (LANE_BIT(TOP_SHIFT_ - SECTION_SHIFT_) - 1));
+    if (at >= l->nr_sub || (entry = l->sub[at]) < 0)
+        return l->nr_words;
+    at = ((size_t)(entry >> 1) << SECTION_SHIFT_) + (pfn & (LANE_BIT(SECTION_SHIFT_) - 1));
+    return at < l->nr_words ? at : l->nr_words;
+}
+
+LANE_INLINE uint64_t lane_wrprotect(const struct lane *l, uint64_t v)
+{
+    uint64_t d;
+    v &= ~l->write;
+    d = v & l->fold_dirty;
+    return (v ^ d) | d << X86_SAVED_DIRTY_SHIFT;
+}
+
+/* The child's entry 0: v is the parent's, any whether the batch has a writable entry. */
+LANE_INLINE uint64_t lane_child(const struct lane *l, uint64_t v, int any)
+{
+    if (any && l->cow)
+        v = lane_wrprotect(l, v);
+    else if (any)
+        v = (v | l->write | (v & l->saved_dirty) >> X86_SAVED_DIRTY_SHIFT) & ~l->saved_dirty;
+    return v & ~l->child_clear;
+}
+
+/* One entry that maps a small folio; w is its page's word and of the right kind. */
+LANE_INLINE void lane_small(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t v, uint64_t *word, uint64_t w)
+{
+    uint64_t exclusive = w & w >> (ANON_BIT_ - AE_BIT_) & LANE_BIT(AE_BIT_);
+    int write = (v & l->writable) != 0;
+    *word = (w ^ exclusive) + LANE_ONE_MAPPING;
+    l->exclusive += exclusive != 0;
+    l->rss[lane_rss(w)]++;
+    l->hist[1]++;
+    if (l->cow && write) {
+        v = lane_wrprotect(l, v);
+        *src = v;
+        l->wrprotects++;
+        l->wrprotected++;
+    }
+    *dst = v & ~l->child_clear;
+}
+
+/* Whether the lane may account nr more mappings of the large folio with that head; a page of it has the word w. */
+LANE_INLINE int lane_large_ok(const struct lane *l, size_t head, uint64_t w, size_t nr)
+{
+    if (!l->large_ok || w & LANE_BIT(HUGETLB_BIT_) || l->words[head] & l->large_mask || l->words[head + 1] & LANE_HALF_COUNTER)
+        return 0;
+    if (l->mm_id && (l->aux[head] | l->aux[head + 1]) & LANE_HALF_AUX)
+        return 0;
+    return !l->sole || (l->words[head + l->large_mapcount] >> COUNTER_SHIFT_ & (LANE_BIT(COUNTER_BITS_) - 1)) == nr;
+}
+
+/* MM-ID slots of a large folio when this fork adds nr mappings; total is the large mapcount afterwards (v6.15). */
+LANE_INLINE void lane_mm_mapping(const struct lane *l, size_t head, uint64_t nr, uint64_t total)
+{
+    const uint64_t ids = (LANE_BIT(AUX_ID_BITS_) - 1) << AUX_COUNT_BITS_;
+    uint64_t *slot = l->aux + head, a = slot[0], b = slot[1];
+    if (LANE_LIKELY((a & ids) != l->mm && a & ids && !(b & ids))) {
+        slot[1] = b | l->mm | nr;
+        slot[0] = a | LANE_BIT(AUX_SHARED_BIT_);
+    } else if ((a & ids) == l->mm) {
+        slot[0] = a + nr;
+    } else if ((b & ids) == l->mm) {
+        slot[1] = b + nr;
+    } else if (!(a & ids)) {
+        slot[0] = a | l->mm | nr | (total != nr ? LANE_BIT(AUX_SHARED_BIT_) : 0);
+    }
+}
+
+/* What a batch changes besides its entries and the mapcounts of its pages. */
+LANE_INLINE void lane_account(struct lane *l, size_t head, uint64_t w, size_t nr, size_t limit, size_t max_nr, int any)
+{
+    uint64_t *words = l->words;
+    words[head] += (uint64_t)nr << COUNTER_SHIFT_;
+    if (l->large_mapcount) {
+        uint64_t second = words[head + 1] + ((uint64_t)nr << COUNTER_SHIFT_);
+        words[head + 1] = second;
+        if (l->mm_id)
+            lane_mm_mapping(l, head, nr, second >> COUNTER_SHIFT_ & (LANE_BIT(COUNTER_BITS_) - 1));
+    }
+    l->rss[lane_rss(w)] += (int64_t)nr;
+    l->hist[nr]++;
+    /* Reads of the scan: entries 1..nr-1, the one that ended it, and without the clamp the one behind the folio. */
+    l->reads += (int64_t)nr - 1 + (nr < limit || (!l->clamp && limit < max_nr));
+    if (any && l->cow) {
+        l->wrprotects++;
+        l->wrprotected += (int64_t)nr;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+
+#define LANE(name) name##_scalar
+#define LANE_TARGET
+#define LANES 1
+typedef uint64_t vec_scalar;
+LANE_INLINE uint64_t load_scalar(const uint64_t *p) { return *p; }
+LANE_INLINE void store_scalar(uint64_t *p, uint64_t v) { *p = v; }
+LANE_INLINE uint64_t set_scalar(uint64_t v) { return v; }
+LANE_INLINE uint64_t ramp_scalar(uint64_t first, uint64_t step) { (void)step; return first; }
+LANE_INLINE uint64_t and_scalar(uint64_t a, uint64_t b) { return a & b; }
+LANE_INLINE uint64_t andnot_scalar(uint64_t a, uint64_t b) { return ~a & b; }
+LANE_INLINE uint64_t or_scalar(uint64_t a, uint64_t b) { return a | b; }
+LANE_INLINE uint64_t xor_scalar(uint64_t a, uint64_t b) { return a ^ b; }
+LANE_INLINE uint64_t add_scalar(uint64_t a, uint64_t b) { return a + b; }
+LANE_INLINE uint64_t sub_scalar(uint64_t a, uint64_t b) { return a - b; }
+LANE_INLINE uint64_t shl_scalar(uint64_t a, int n) { return a << n; }
+LANE_INLINE uint64_t shr_scalar(uint64_t a, int n) { return a >> n; }
+LANE_INLINE int nonzero_scalar(uint64_t a) { return a != 0; }
+LANE_INLINE int count_scalar(uint64_t a, int bit) { return (int)(a >> bit & 1); }
+LANE_INLINE uint64_t mask_scalar(uint64_t a, int bit) { return 0 - (a >> bit & 1); }
+LANE_INLINE uint64_t fold_scalar(uint64_t a) { return a; }
+#include "_lane_simd.h"
+#undef LANE
+#undef LANE_TARGET
+#undef LANES
+
+#if LANE_X86
+#define LANE(name) name##_avx2
+#define LANE_TARGET __attribute__((target("avx2,bmi,bmi2,popcnt")))
+#define LANES 4
+typedef __m256i vec_avx2;
+LANE_TARGET LANE_INLINE __m256i load_avx2(const uint64_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+LANE_TARGET LANE_INLINE void store_avx2(uint64_t *p, __m256i v) { _mm256_storeu_si256((__m256i *)p, v); }
+LANE_TARGET LANE_INLINE __m256i set_avx2(uint64_t v) { return _mm256_set1_epi64x((long long)v); }
+LANE_TARGET LANE_INLINE __m256i ramp_avx2(uint64_t a, uint64_t s)
+{
+    return _mm256_setr_epi64x((long long)a, (long long)(a + s), (long long)(a + 2 * s), (long long)(a + 3 * s));
+}
+LANE_TARGET LANE_INLINE __m256i and_avx2(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
+LANE_TARGET LANE_INLINE __m256i andnot_avx2(__m256i a, __m256i b) { return _mm256_andnot_si256(a, b); }
+LANE_TARGET LANE_INLINE __m256i or_avx2(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
+LANE_TARGET LANE_INLINE __m256i xor_avx2(__m256i a, __m256i b) { return _mm256_xor_si256(a, b); }
+LANE_TARGET LANE_INLINE __m256i add_avx2(__m256i a, __m256i b) { return _mm256_add_epi64(a, b); }
+LANE_TARGET LANE_INLINE __m256i sub_avx2(__m256i a, __m256i b) { return _mm256_sub_epi64(a, b); }
+LANE_TARGET LANE_INLINE __m256i shl_avx2(__m256i a, int n) { return _mm256_slli_epi64(a, n); }
+LANE_TARGET LANE_INLINE __m256i shr_avx2(__m256i a, int n) { return _mm256_srli_epi64(a, n); }
+LANE_TARGET LANE_INLINE int nonzero_avx2(__m256i a) { return !_mm256_testz_si256(a, a); }
+LANE_TARGET LANE_INLINE int count_avx2(__m256i a, int bit)
+{
+    return __builtin_popcount((unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_slli_epi64(a, 63 - bit))));
+}
+LANE_TARGET LANE_INLINE __m256i mask_avx2(__m256i a, int bit)
+{
+    return _mm256_cmpgt_epi64(_mm256_setzero_si256(), _mm256_slli_epi64(a, 63 - bit));
+}
+LANE_TARGET LANE_INLINE uint64_t fold_avx2(__m256i a)
+{
+    __m128i b = _mm_or_si128(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    return (uint64_t)(_mm_extract_epi64(b, 0) | _mm_extract_epi64(b, 1));
+}
+#include "_lane_simd.h"
+#undef LANE
+#undef LANE_TARGET
+#undef LANES
+
+#define LANE(name) name##_avx512
+#define LANE_TARGET __attribute__((target("avx512f,avx512dq,avx512cd,avx512vl,avx512bw,avx2,bmi,bmi2,popcnt")))
+#define LANES 8
+typedef __m512i vec_avx512;
+LANE_TARGET LANE_INLINE __m512i load_avx512(const uint64_t *p) { return _mm512_loadu_si512(p); }
+LANE_TARGET LANE_INLINE void store_avx512(uint64_t *p, __m512i v) { _mm512_storeu_si512(p, v); }
+LANE_TARGET LANE_INLINE __m512i set_avx512(uint64_t v) { return _mm512_set1_epi64((long long)v); }
+LANE_TARGET LANE_INLINE __m512i ramp_avx512(uint64_t a, uint64_t s)
+{
+    return _mm512_add_epi64(_mm512_set1_epi64((long long)a),
+                            _mm512_mullo_epi64(_mm512_set1_epi64((long long)s), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)));
+}
+LANE_TARGET LANE_INLINE __m512i and_avx512(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
+LANE_TARGET LANE_INLINE __m512i andnot_avx512(__m512i a, __m512i b) { return _mm512_andnot_si512(a, b); }
+LANE_TARGET LANE_INLINE __m512i or_avx512(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
+LANE_TARGET LANE_INLINE __m512i xor_avx512(__m512i a, __m512i b) { return _mm512_xor_si512(a, b); }
+LANE_TARGET LANE_INLINE __m512i add_avx512(__m512i a, __m512i b) { return _mm512_add_epi64(a, b); }
+LANE_TARGET LANE_INLINE __m512i sub_avx512(__m512i a, __m512i b) { return _mm512_sub_epi64(a, b); }
+LANE_TARGET LANE_INLINE __m512i shl_avx512(__m512i a, int n) { return _mm512_slli_epi64(a, (unsigned)n); }
+LANE_TARGET LANE_INLINE __m512i shr_avx512(__m512i a, int n) { return _mm512_srli_epi64(a, (unsigned)n); }
+LANE_TARGET LANE_INLINE int nonzero_avx512(__m512i a) { return _mm512_test_epi64_mask(a, a) != 0; }
+LANE_TARGET LANE_INLINE int count_avx512(__m512i a, int bit)
+{
+    return __builtin_popcount(_mm512_test_epi64_mask(a, _mm512_set1_epi64((long long)LANE_BIT(bit))));
+}
+LANE_TARGET LANE_INLINE __m512i mask_avx512(__m512i a, int bit)
+{
+    return _mm512_srai_epi64(_mm512_slli_epi64(a, (unsigned)(63 - bit)), 63);
+}
+LANE_TARGET LANE_INLINE uint64_t fold_avx512(__m512i a) { return (uint64_t)_mm512_reduce_or_epi64(a); }
+#include "_lane_simd.h"
+#undef LANE
+#undef LANE_TARGET
+#undef LANES
+#endif
+
+static inline int lane_supported(int level)
+{
+    if (level <= LANE_SCALAR)
+        return 1;
+#if LANE_X86
+    __builtin_cpu_init();
+    if (level == LANE_AVX2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+    if (level == LANE_AVX512)
+        return lane_supported(LANE_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
+            && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+#endif
+    return 0;
+}
+
+/* Copy from the front of n slots of one table at l->level; returns how many. ahead >= n entries may be read from src. */
+static inline size_t lane_run(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead)
+{
+#if LANE_X86
+    if (l->level == LANE_AVX512)
+        return lane_run_avx512(l, src, dst, n, ahead);
+    if (l->level == LANE_AVX2)
+        return lane_run_avx2(l, src, dst, n, ahead);
+#endif
+    return l->level ? lane_run_scalar(l, src, dst, n, ahead) : 0;
+}
+
+/* The read-only pass over n entries: how many from the front are none or map a page of the extent. */
+static inline size_t lane_check(const struct lane *l, const uint64_t *entries, size_t n)
+{
+#if LANE_X86
+    if (l->level == LANE_AVX512)
+        return lane_check_avx512(l, entries, n);
+    if (l->level == LANE_AVX2)
+        return lane_check_avx2(l, entries, n);
+#endif
+    return l->level ? lane_check_scalar(l, entries, n) : 0;
+}
+
+#endif

@@ -892,11 +892,12 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
                                       const memmap *M, swap_map *S, batch_scan *B, const uint64_t[::1] pool,
                                       Py_ssize_t *used, walk *W) except -1 nogil:
     """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it."""
-    cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until
+    cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until, readable
     cdef uint64_t pte
     while idx < end:
         if W.fast.level:
-            idx += lane_run(W.fast, &src[srow, idx], &dst[drow, idx], end - idx, (W.end_row - srow) * src.shape[1] - idx)
+            readable = (W.end_row - srow) * src.shape[1] - idx
+            idx += lane_run(W.fast, &src[srow, idx], &dst[drow, idx], end - idx, readable)
             if idx >= end:
                 break
         until = idx + PREFETCH_AHEAD if idx + PREFETCH_AHEAD < end else end

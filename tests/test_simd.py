@@ -1,0 +1,145 @@
+"""The core's fast lane: every SIMD level of this CPU, and the lane off, give what the reference gives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import test_differential
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import cases, kernels
+
+from ptebatch import _core, batch
+from ptebatch.arch import X86_64 as L
+from ptebatch.arch import pte_pfn
+from ptebatch.errors import PfnError
+from ptebatch.folio import FolioTable
+from ptebatch.fork import fork
+from ptebatch.mm import copy_state, digest
+from ptebatch.semantics import LATEST
+from ptebatch.workload import Workload
+
+EXAMPLES = max(60, test_differential.EXAMPLES // 20)
+
+
+@pytest.fixture(params=_core.SIMD_SUPPORTED)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(batch, "simd_level", _core.SIMD_LEVELS[request.param])
+    return request.param
+
+
+@settings(max_examples=EXAMPLES)
+@given(cases(), kernels(), st.sampled_from((None, False)))
+def test_fork(level, case, semantics, batching):
+    test_differential.test_fork.hypothesis.inner_test(case, semantics, batching)
+
+
+@settings(max_examples=EXAMPLES)
+@given(cases(), kernels(), st.booleans(), st.integers(0, 60), st.integers(0, 60))
+def test_wrprotect_range(level, case, semantics, single, first, nr):
+    test_differential.test_wrprotect_range.hypothesis.inner_test(case, semantics, single, first, nr)
+
+
+WORKLOADS = {
+    "small": {"folio": (4096,)},
+    "read-only in part": {"folio": (4096, 16384, 65536), "readonly": 0.3, "granularity": "page"},
+    "order 1": {"folio": (8192,)},
+    "order 3": {"folio": (32768,), "clean": 0.5},
+    "large": {"folio": (1 << 21,), "align": "shifted"},
+    "cut": {"folio": (65536, 1 << 20), "fragmentation": 0.5, "holes": 0.2},
+    "tracked": {"folio": (65536,), "soft_dirty": 0.5, "uffd_wp": 0.5, "granularity": "page"},
+    "kinds": {"folio": (4096, 65536), "vma": ("anon", "file", "shmem-guard"), "vmas": 3, "cowed": 0.2},
+    "pinned": {"folio": (4096, 65536), "pinned": 0.2},
+    "shared": {"folio": (16384,), "shared": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workload(level, name):
+    """Whole tables of every kind of memory, so that every loop of the lane meets full vectors."""
+    mm = Workload(size=6 << 20, **WORKLOADS[name]).build()
+    one, two = copy_state(mm), copy_state(mm)
+    got, expected = fork(one), fork(two, impl="reference")
+    assert got.stats.to_dict() == expected.stats.to_dict()
+    assert digest([one, got.child], one.folios, LATEST) == digest([two, expected.child], two.folios, LATEST)
+    assert one.folios == two.folios
+
+
+@pytest.mark.parametrize("pfn", [0, 1 << 18, (1 << 40) - 1, (1 << 18) + 4096])
+def test_hostile_pfn(level, pfn):
+    """A page table may name any PFN: those without a page are refused before anything changes."""
+    mm = Workload(size=4 << 20).build()
+    for at in (0, 100, 511, 512, 1023):
+        other = copy_state(mm)
+        other.entries.reshape(-1)[at] = np.uint64(pfn << 12 | 0x67)
+        before = copy_state(other)
+        if pfn in mm.folios:
+            continue
+        with pytest.raises(PfnError, match=f"{pfn:#x}"):
+            fork(other)
+        assert np.array_equal(other.entries, before.entries)
+        assert other.folios == before.folios
+
+
+def test_extent():
+    """The stretch of memory that needs no look at the index."""
+    folios = FolioTable()
+    assert folios.extent()[1] == 0
+    folios.add_folios(np.arange(1 << 18, (1 << 18) + 256), 0)
+    assert folios.extent() == (1 << 18, 256, 0)
+    folios.add_folios([1 << 20], 9)
+    assert folios.extent() == (1 << 20, 512, 256)
+    folios.remove(1 << 20)
+    assert folios.extent()[:2] == (1 << 18, 256)
+    folios.remove((1 << 18) + 70)
+    assert folios.extent() == ((1 << 18) + 128, 128, 128)
+    assert folios.copy().extent() == folios.extent()
+
+
+def test_page_removed_after_the_pass(level):
+    """A page that goes away between the pass and the walk is an error, not a write to it."""
+    mm = Workload(size=2 << 20).build()
+    pfn = pte_pfn(L, int(mm.entries[0, 300]))
+    stale = mm.folios.extent()
+    mm.folios.remove(pfn)
+    mm.folios._extent = stale
+    with pytest.raises(PfnError, match=f"{pfn:#x}"):
+        fork(mm)
+    assert pfn not in mm.folios
+
+
+@pytest.mark.parametrize("asked", [*_core.SIMD_SUPPORTED, "auto"])
+def test_environment(asked):
+    code = "from ptebatch import batch; print(batch.simd_level)"
+    env = {"PTEBATCH_SIMD": asked}
+    run = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True)
+    name = _core.SIMD_SUPPORTED[-1] if asked == "auto" else asked
+    assert int(run.stdout) == _core.SIMD_LEVELS[name]
+
+
+def test_environment_unknown():
+    command = [sys.executable, "-P", "-c", "import ptebatch.batch"]
+    run = subprocess.run(command, env={"PTEBATCH_SIMD": "mmx"}, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "PTEBATCH_SIMD=mmx: this CPU has off, scalar" in run.stderr
+
+
+def test_level_is_checked():
+    """A level this CPU does not have never reaches an instruction it does not know."""
+    mm = Workload(size=2 << 20).build()
+    layout, memmap = batch._layout_words(mm.layout), batch._memmap(mm.folios)
+    for fast in ([9, 0, 0, 0, 0], [1, 0, 0]):
+        with pytest.raises(ValueError, match="SIMD level"):
+            _core.py_check_range(
+                mm.entries, mm.vpns, 0, 1, 0, 512, layout, *memmap, False, np.array(fast, dtype=np.uint64)
+            )
+    # An extent that is a lie is cut to the storage, and what it says of pages is not believed when they are written.
+    lie = np.array([1, 0, 1 << 40, 0, 0], dtype=np.uint64)
+    assert _core.py_check_range(mm.entries, mm.vpns, 0, 1, 0, 512, layout, *memmap, False, lie)[0] in (
+        0, _core.RESULTS["E_NO_PAGE"],
+    )  # fmt: skip
+
+

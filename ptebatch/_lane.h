@@ -13,12 +13,12 @@
  * Asked of every page or folio: it is in the memmap (bounds are checked in every build), no count is near its limit, it is
  * not a hugetlb folio and cannot be pinned. Then there are these cases:
  *   small folios                 lane_group: LANES entries in a row that all map small folios of one kind (anonymous,
- *                                shmem, file), else one at a time (lane_small)
- *   a batch of 2, 4, 8, 16       lane_whole: a folio mapped whole. One pass; all of it stays in registers
- *   any other batch              lane_scan, then lane_rewrite: two passes over entries that are in the cache by then.
- *                                lane_fused does both in one where entry 0 is writable, which settles that the parent's
- *                                entries change
- * Entries ahead of the lane, in later tables too, have the words of their pages prefetched (lane_prefetch).
+ *                                shmem, file; exclusive or not), else one at a time (lane_small)
+ *   folios of 2, 4, 8, 16 pages  lane_whole: each mapped whole by entries alike. One pass; a folio stays in registers
+ *   any other batch              lane_fused where entry 0 is writable, which settles that the parent's entries change:
+ *                                one pass; else lane_scan, then lane_rewrite, over entries that are in the cache by then
+ * The first two go on for as long as the same case holds: what makes them fast is that no entry waits for what the one
+ * before it was found to be. Entries ahead, in later tables too, have the words of their pages prefetched.
  *
  * _lane_simd.h holds these functions once; it is included below for each level with that level's vector operations. Loops
  * that are not about many entries at once are plain C further down. Each entry is read once per pass, and a page's index
@@ -228,9 +228,14 @@ LANE_INLINE void lane_account(struct lane *l, size_t head, uint64_t w, size_t nr
     }
 }
 
+/* What all words of a folio must share with the first for lane_whole, and what none may have. */
+#define LANE_WHOLE_VALUE (LANE_KIND | LANE_BIT(VALID_BIT_) | (LANE_BIT(ORDER_BITS_) - 1) << ORDER_SHIFT_)
+#define LANE_WHOLE_MASK (LANE_WHOLE_VALUE | LANE_BIT(HUGETLB_BIT_) | LANE_HALF_COUNTER | (uint64_t)3 << (MAPCOUNT_BITS_ - 2))
+
 /* ------------------------------------------------------------------------------------------------------------------ */
 
 #define LANE(name) name##_scalar
+#define LANE4(name) name##_scalar
 #define LANE_TARGET
 #define LANES 1
 typedef uint64_t vec_scalar;
@@ -252,12 +257,14 @@ LANE_INLINE uint64_t mask_scalar(uint64_t a, int bit) { return 0 - (a >> bit & 1
 LANE_INLINE uint64_t fold_scalar(uint64_t a) { return a; }
 #include "_lane_simd.h"
 #undef LANE
+#undef LANE4
 #undef LANE_TARGET
 #undef LANES
 
 #if LANE_X86
 #define LANE(name) name##_avx2
-#define LANE_TARGET __attribute__((target("avx2,bmi,bmi2,popcnt")))
+#define LANE4(name) name##_avx2
+#define LANE_TARGET __attribute__((target("avx2,bmi,bmi2,popcnt,prfchw")))
 #define LANES 4
 typedef __m256i vec_avx2;
 LANE_TARGET LANE_INLINE __m256i load_avx2(const uint64_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
@@ -291,11 +298,13 @@ LANE_TARGET LANE_INLINE uint64_t fold_avx2(__m256i a)
 }
 #include "_lane_simd.h"
 #undef LANE
+#undef LANE4
 #undef LANE_TARGET
 #undef LANES
 
 #define LANE(name) name##_avx512
-#define LANE_TARGET __attribute__((target("avx512f,avx512dq,avx512cd,avx512vl,avx512bw,avx2,bmi,bmi2,popcnt")))
+#define LANE4(name) name##_avx2
+#define LANE_TARGET __attribute__((target("avx512f,avx512dq,avx512cd,avx512vl,avx512bw,avx2,bmi,bmi2,popcnt,prfchw")))
 #define LANES 8
 typedef __m512i vec_avx512;
 LANE_TARGET LANE_INLINE __m512i load_avx512(const uint64_t *p) { return _mm512_loadu_si512(p); }
@@ -326,6 +335,7 @@ LANE_TARGET LANE_INLINE __m512i mask_avx512(__m512i a, int bit)
 LANE_TARGET LANE_INLINE uint64_t fold_avx512(__m512i a) { return (uint64_t)_mm512_reduce_or_epi64(a); }
 #include "_lane_simd.h"
 #undef LANE
+#undef LANE4
 #undef LANE_TARGET
 #undef LANES
 #endif

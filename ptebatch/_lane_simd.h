@@ -15,13 +15,14 @@ LANE_TARGET LANE_INLINE V LANE(lane_wp)(const struct lane *l, V v)
     return LANE(or)(LANE(xor)(v, dirty), LANE(shl)(dirty, X86_SAVED_DIRTY_SHIFT));
 }
 
-/* Where the pages of LANES entries lie in the extent; *bad is nonzero if one is not present, is special or not in it. */
+/* Byte offsets, times 512, of the extent's words for LANES entries, that is (PFN - extent_pfn) << X86_PFN_SHIFT; *bad is
+ * nonzero if an entry is not present, is special, or maps a page elsewhere. Subtracting what such an entry has in common
+ * with the first page of the extent leaves bits below the PFN, or a number out of range, in any other. */
 LANE_TARGET LANE_INLINE V LANE(lane_extent)(const struct lane *l, V v, V *bad)
 {
-    V at = LANE(sub)(LANE(shr)(LANE(and)(v, LANE(set)(l->pfn_mask)), X86_PFN_SHIFT), LANE(set)(l->extent_pfn));
-    V beyond = LANE(or)(at, LANE(sub)(LANE(set)(l->extent_len - 1), at));
-    V other = LANE(xor)(LANE(and)(v, LANE(set)(l->valid | l->special)), LANE(set)(l->valid));
-    *bad = LANE(or)(LANE(and)(beyond, LANE(set)(LANE_BIT(63))), other);
+    const uint64_t first = l->extent_pfn << X86_PFN_SHIFT | l->valid, last = (l->extent_len - 1) << X86_PFN_SHIFT;
+    V at = LANE(sub)(LANE(and)(v, LANE(set)(l->pfn_mask | l->valid | l->special)), LANE(set)(first));
+    *bad = LANE(and)(LANE(or)(at, LANE(sub)(LANE(set)(last), at)), LANE(set)(LANE_BIT(63) | (LANE_BIT(X86_PFN_SHIFT) - 1)));
     return at;
 }
 
@@ -39,52 +40,40 @@ LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t 
     return i;
 }
 
-LANE_TARGET LANE_INLINE void LANE(lane_prefetch)(const struct lane *l, const uint64_t *entries, int large)
-{
-    uint64_t at[LANES];
-    V bad;
-    int k;
-    LANE(store)(at, LANE(lane_extent)(l, LANE(load)(entries), &bad));
-    for (k = 0; k < LANES; k += large ? LANES : 1) {
-        uintptr_t offset = (uintptr_t)(l->extent_at + at[k]) * sizeof(uint64_t);
-        LANE_PREFETCH((const void *)((uintptr_t)l->words + offset));
-        if (large)
-            LANE_PREFETCH((const void *)((uintptr_t)l->aux + offset));
-    }
-}
-
-/* Small folios of one kind from the front of n entries, LANES at a time; returns how many. */
+/* Small folios of one kind from the front of n entries, LANES at a time; w is the word of the first. Returns how many. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead,
-                                                uint64_t kind)
+                                                uint64_t w)
 {
     uint64_t *const words = l->words + l->extent_at;
-    const uint64_t mask = l->small_mask | LANE_KIND, value = l->small_value | kind;
-    const uint64_t clear = kind >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0;
-    const V write = LANE(set)(l->write), child_clear = LANE(set)(l->child_clear);
+    const uint64_t ae = w >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0, kind = w & (LANE_KIND | ae);
+    const uint64_t mask = l->small_mask | LANE_KIND | ae, value = l->small_value | kind;
+    const uint64_t delta = LANE_ONE_MAPPING - (kind & ae), pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
+    const V child_clear = LANE(set)(l->child_clear);
     const int cow = l->cow, prefetch = l->prefetch;
-    uint64_t at[LANES], exclusive = 0, wrprotected = 0;
+    uint64_t at[LANES];
+    int64_t wrprotected = 0;
     size_t i = 0;
-    int k;
-    if (l->writable != l->write)
+    int k = 0;
+    if (l->writable != l->write || !l->extent_len)
         return 0;
     for (; i + LANES <= n; i += LANES) {
-        V v = LANE(load)(src + i), bad;
-        uint64_t differ = 0;
-        LANE(store)(at, LANE(lane_extent)(l, v, &bad));
+        V v = LANE(load)(src + i), bad, place = LANE(lane_extent)(l, v, &bad);
         if (LANE(nonzero)(bad))
             break;
+        LANE(store)(at, LANE(shr)(place, X86_PFN_SHIFT));
         if (prefetch && i + LANE_AHEAD_SMALL + LANES <= ahead)
-            LANE(lane_prefetch)(l, src + i + LANE_AHEAD_SMALL, 0);
-        for (k = 0; k < LANES; k++)
-            differ |= words[at[k]] ^ value;
-        if (differ & mask)
-            break;
-        /* Read again: two entries of the group may map the same page. */
+            for (k = 0; k < LANES; k++) {
+                uint64_t next = ((src[i + LANE_AHEAD_SMALL + (size_t)k] & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn;
+                LANE_PREFETCH((const void *)((uintptr_t)words + next * sizeof(uint64_t)));
+            }
         for (k = 0; k < LANES; k++) {
-            uint64_t w = words[at[k]], x = w & clear;
-            exclusive += x >> AE_BIT_;
-            words[at[k]] = (w ^ x) + LANE_ONE_MAPPING;
+            w = words[at[k]];
+            if ((w ^ value) & mask)
+                break;
+            words[at[k]] = w + delta;
         }
+        if (k < LANES)
+            break;
         if (cow) {
             int writable = LANE(count)(v, X86_WRITE_BIT);
             if (LANE_LIKELY(writable == LANES)) {
@@ -95,16 +84,28 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
                 v = LANE(or)(LANE(and)(m, LANE(lane_wp)(l, v)), LANE(andnot)(m, v));
                 LANE(store)(src + i, v);
             }
-            wrprotected += (uint64_t)writable;
+            wrprotected += writable;
         }
         LANE(store)(dst + i, LANE(andnot)(child_clear, v));
+        k = 0;
     }
-    (void)write;
+    if (k == LANES)
+        k = 0;
+    /* The last group stopped at page k of another kind: the entries before it, whose pages are done. */
+    for (; k > 0 && i < n; k--, i++) {
+        uint64_t v = src[i];
+        if (cow && v & l->write) {
+            v = lane_wrprotect(l, v);
+            src[i] = v;
+            wrprotected++;
+        }
+        dst[i] = v & ~l->child_clear;
+    }
     l->hist[1] += (int64_t)i;
     l->rss[lane_rss(kind)] += (int64_t)i;
-    l->exclusive += (int64_t)exclusive;
-    l->wrprotects += (int64_t)wrprotected;
-    l->wrprotected += (int64_t)wrprotected;
+    l->exclusive += kind & ae ? (int64_t)i : 0;
+    l->wrprotects += wrprotected;
+    l->wrprotected += wrprotected;
     return i;
 }
 
@@ -118,33 +119,92 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
     LANE(store)(words, LANE(add)(LANE(andnot)(LANE(set)(clear), w), LANE(set)(l->page_mapcount)));
 }
 
-/* A folio mapped whole by the n entries from src, n constant where inlined: 1, or 0 with nothing done if it is not. */
-LANE_TARGET LANE_INLINE int LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
-                                             uint64_t v, uint64_t step, uint64_t clear, int *any)
+/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, each mapped whole by entries that
+ * agree with v, the first: in a private mapping, and entry 0 of each writable or (writes 0) none. Everything of a folio
+ * stays in registers, and what is counted is known from how many there were. w is a word of the first folio; returns the
+ * entries copied. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead,
+                                                uint64_t v, uint64_t w, const size_t pages, const int writes)
 {
-    V wp[16 / LANES], seen = LANE(set)(0), differ = LANE(set)(0), next = LANE(set)(step * LANES);
-    V expected = LANE(ramp)(lane_wrprotect(l, v) & ~l->clear, step);
-    size_t k;
-    for (k = 0; k < n / LANES; k++) {
-        V cur = LANE(load)(src + k * LANES);
-        seen = LANE(or)(seen, cur);
-        wp[k] = LANE(lane_wp)(l, cur);
-        differ = LANE(or)(differ, LANE(xor)(LANE(andnot)(LANE(set)(l->clear), wp[k]), expected));
-        expected = LANE(add)(expected, next);
+    enum { MOST = 16 / LANES };
+    const uint64_t anon = w >> ANON_BIT_ & 1, counter = (uint64_t)pages << COUNTER_SHIFT_;
+    const uint64_t ids = (LANE_BIT(AUX_ID_BITS_) - 1) << AUX_COUNT_BITS_, pfn_mask = l->pfn_mask, mm = l->mm;
+    const uint64_t flags = lane_wrprotect(l, v) & ~l->clear & ~pfn_mask, extent_pfn = l->extent_pfn;
+    const uint64_t same = LANE_WHOLE_MASK | l->large_mask, room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
+    const V mask = LANE(set)(same), value = LANE(set)(w & LANE_WHOLE_VALUE), exclusive = LANE(set)(anon ? LANE_BIT(AE_BIT_) : 0);
+    const V clear = LANE(set)(l->clear), child_clear = LANE(set)(l->child_clear), writable = LANE(set)(l->writable);
+    const V write = LANE(set)(l->write), fold_dirty = LANE(set)(l->fold_dirty);
+    const int mm_id = l->mm_id, prefetch = l->prefetch, sole = l->sole, second = l->large_mapcount;
+    uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at, first[16] = {
+        counter + l->page_mapcount, (second ? counter : 0) + l->page_mapcount,
+        l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount,
+        l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount,
+        l->page_mapcount, l->page_mapcount};
+    V add[MOST], ramp[MOST];
+    uint64_t nr_exclusive = 0, behind = 0;
+    size_t i = 0, k;
+    for (k = 0; k < pages / LANES; k++) {
+        add[k] = LANE(load)(first + k * LANES);
+        ramp[k] = LANE(ramp)(k * LANES << X86_PFN_SHIFT, LANE_BIT(X86_PFN_SHIFT));
     }
-    if (LANE(nonzero)(differ))
-        return 0;
-    *any = LANE(nonzero)(LANE(and)(seen, LANE(set)(l->writable)));
-    if (*any && l->cow)
-        for (k = 0; k < n / LANES; k++)
-            LANE(store)(src + k * LANES, wp[k]);
-    expected = LANE(ramp)(lane_child(l, v, *any), step);
-    for (k = 0; k < n / LANES; k++) {
-        LANE(store)(dst + k * LANES, expected);
-        expected = LANE(add)(expected, next);
-        LANE(lane_pages)(l, words + k * LANES, clear);
+    for (; i + pages <= n; i += pages) {
+        V cur[MOST], wp[MOST], words_of[MOST], differ = LANE(set)(0), seen = LANE(set)(0), base;
+        uint64_t head = src[i], at = ((head & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn, a = 0, b = 0;
+        if (at >= room || (head >> X86_PFN_SHIFT & (pages - 1)) || (writes && !(head & l->write)))
+            break;
+        if (prefetch && i + LANE_AHEAD_LARGE + 16 <= ahead) {
+            uint64_t next = (((src[i + LANE_AHEAD_LARGE] & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn) * sizeof(uint64_t);
+            LANE_PREFETCH((const void *)((uintptr_t)words + next));
+            if (pages == 16)
+                LANE_PREFETCH((const void *)((uintptr_t)words + next + 64));
+            if (mm_id)
+                LANE_PREFETCH((const void *)((uintptr_t)aux + next));
+        }
+        base = LANE(set)(flags | (head & pfn_mask));
+        for (k = 0; k < pages / LANES; k++) {
+            V dirty;
+            cur[k] = LANE(load)(src + i + k * LANES);
+            wp[k] = LANE(andnot)(write, cur[k]);
+            dirty = LANE(and)(wp[k], fold_dirty);
+            wp[k] = LANE(or)(LANE(xor)(wp[k], dirty), LANE(shl)(dirty, X86_SAVED_DIRTY_SHIFT));
+            differ = LANE(or)(differ, LANE(xor)(LANE(andnot)(clear, wp[k]), LANE(add)(base, ramp[k])));
+            words_of[k] = LANE(load)(words + at + k * LANES);
+            differ = LANE(or)(differ, LANE(and)(LANE(xor)(words_of[k], value), mask));
+            if (!writes)
+                seen = LANE(or)(seen, cur[k]);
+        }
+        if (!writes)
+            differ = LANE(or)(differ, LANE(and)(seen, writable));
+        if (LANE(nonzero)(differ))
+            break;
+        if (mm_id) {
+            a = aux[at];
+            b = aux[at + 1];
+            if (!(a & ids) || (a & ids) == mm || b & ids || (a | b) & LANE_HALF_AUX)
+                break;
+            aux[at] = a | LANE_BIT(AUX_SHARED_BIT_);
+            aux[at + 1] = b | mm | pages;
+        }
+        if (sole && (words[at + (size_t)second] >> COUNTER_SHIFT_ & (LANE_BIT(COUNTER_BITS_) - 1)) != pages)
+            break;
+        base = LANE(set)(writes ? lane_wrprotect(l, head) : head);
+        for (k = 0; k < pages / LANES; k++) {
+            if (writes)
+                LANE(store)(src + i + k * LANES, wp[k]);
+            LANE(store)(dst + i + k * LANES, LANE(andnot)(child_clear, LANE(add)(base, ramp[k])));
+            nr_exclusive += (uint64_t)LANE(count)(LANE(and)(words_of[k], exclusive), AE_BIT_);
+            LANE(store)(words + at + k * LANES, LANE(add)(LANE(andnot)(exclusive, words_of[k]), add[k]));
+        }
     }
-    return 1;
+    k = i / pages;
+    behind = l->clamp ? 0 : k - (k && i == n);
+    l->exclusive += (int64_t)nr_exclusive;
+    l->rss[lane_rss(w)] += (int64_t)i;
+    l->hist[pages] += (int64_t)k;
+    l->reads += (int64_t)(i - k + behind);
+    l->wrprotects += writes ? (int64_t)k : 0;
+    l->wrprotected += writes ? (int64_t)i : 0;
+    return i;
 }
 
 /* folio_pte_batch() over n entries, the first included; any says whether one of them is writable. */
@@ -193,24 +253,52 @@ LANE_TARGET LANE_INLINE void LANE(lane_rewrite)(struct lane *l, uint64_t *src, u
 /* Scan and rewrite in one, where entry 0 is writable in a private mapping: each entry that continues the batch is
  * write-protected, whatever follows. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
-                                           size_t ahead, uint64_t v, uint64_t step, uint64_t clear)
+                                                size_t ahead, uint64_t v, uint64_t step, uint64_t clear)
 {
-    uint64_t normal = lane_wrprotect(l, v) & ~l->clear, first = lane_child(l, v, 1);
-    V expected = LANE(ramp)(normal, step), child = LANE(ramp)(first, step), next = LANE(set)(step * LANES);
+    uint64_t normal = lane_wrprotect(l, v) & ~l->clear, first = lane_child(l, v, 1), counts[LANES], extent = l->extent_at;
+    /* Mostly all entries are like the first, and all words like the last page's. */
+    uint64_t like = words[n - 1], protect = lane_wrprotect(l, v) - v;
+    V child = LANE(ramp)(first, step), next = LANE(set)(step * LANES), exclusive = LANE(set)(0), seen = LANE(set)(like);
+    V same = LANE(ramp)(v, step);
+    const V change = LANE(set)(protect), to_normal = LANE(set)(normal - v), ignored = LANE(set)(l->clear);
+    const V one = LANE(set)(l->page_mapcount), ae = LANE(set)(clear), usual = LANE(set)(like);
+    const V usually = LANE(set)((like & ~clear) + l->page_mapcount);
     const int prefetch = l->prefetch;
-    size_t k = 0;
+    size_t k = 0, lane, nr_usual = 0;
+    if (prefetch && LANE_AHEAD_LARGE < ahead) {
+        uint64_t at = ((src[LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn + extent;
+        LANE_PREFETCH((const void *)((uintptr_t)l->aux + at * sizeof(uint64_t)));
+    }
     for (; k + LANES <= n; k += LANES) {
-        V wp = LANE(lane_wp)(l, LANE(load)(src + k));
-        if (LANE(nonzero)(LANE(xor)(LANE(andnot)(LANE(set)(l->clear), wp), expected)))
-            break;
-        if (prefetch && !(k & 7) && k + LANE_AHEAD_LARGE + LANES <= ahead)
-            LANE(lane_prefetch)(l, src + k + LANE_AHEAD_LARGE, 1);
+        V cur = LANE(load)(src + k), wp = LANE(add)(same, change), w;
+        if (LANE(nonzero)(LANE(xor)(cur, same))) {
+            wp = LANE(lane_wp)(l, cur);
+            if (LANE(nonzero)(LANE(xor)(LANE(andnot)(ignored, wp), LANE(add)(same, to_normal))))
+                break;
+        }
+        if (prefetch && !(k & 7) && k + LANE_AHEAD_LARGE < ahead) {
+            uint64_t at = ((src[k + LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn + extent;
+            LANE_PREFETCH((const void *)((uintptr_t)l->words + at * sizeof(uint64_t)));
+        }
         LANE(store)(src + k, wp);
         LANE(store)(dst + k, child);
-        LANE(lane_pages)(l, words + k, clear);
-        expected = LANE(add)(expected, next);
+        w = LANE(load)(words + k);
+        if (LANE_LIKELY(!LANE(nonzero)(LANE(xor)(w, usual)))) {
+            nr_usual++;
+            LANE(store)(words + k, usually);
+        } else {
+            seen = LANE(or)(seen, w);
+            exclusive = LANE(add)(exclusive, LANE(shr)(LANE(and)(w, ae), AE_BIT_));
+            LANE(store)(words + k, LANE(add)(LANE(andnot)(ae, w), one));
+        }
+        same = LANE(add)(same, next);
         child = LANE(add)(child, next);
     }
+    LANE(store)(counts, exclusive);
+    for (lane = 0; lane < LANES; lane++)
+        l->exclusive += (int64_t)counts[lane];
+    l->mapcounts |= LANE(fold)(seen);
+    l->exclusive += like & clear ? (int64_t)(nr_usual * LANES) : 0;
     for (; k < n; k++) {
         uint64_t wp = lane_wrprotect(l, src[k]);
         if ((wp & ~l->clear) != normal + k * step)
@@ -220,6 +308,28 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
         lane_pages_scalar(l, words + k, clear);
     }
     return k;
+}
+
+/* lane_whole for the order at hand. Short folios take the vectors they fill. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead,
+                                                 uint64_t v, uint64_t w, size_t pages)
+{
+    if (v & l->write) {
+        if (pages == 16)
+            return LANE(lane_whole)(l, src, dst, n, ahead, v, w, 16, 1);
+        if (pages == 8)
+            return LANE(lane_whole)(l, src, dst, n, ahead, v, w, 8, 1);
+        if (pages == 4)
+            return LANE4(lane_whole)(l, src, dst, n, ahead, v, w, 4, 1);
+        return lane_whole_scalar(l, src, dst, n, ahead, v, w, 2, 1);
+    }
+    if (pages == 16)
+        return LANE(lane_whole)(l, src, dst, n, ahead, v, w, 16, 0);
+    if (pages == 8)
+        return LANE(lane_whole)(l, src, dst, n, ahead, v, w, 8, 0);
+    if (pages == 4)
+        return LANE4(lane_whole)(l, src, dst, n, ahead, v, w, 4, 0);
+    return lane_whole_scalar(l, src, dst, n, ahead, v, w, 2, 0);
 }
 
 /* A batch of a large folio at the front of max_nr entries; page is the index of the word w of its first entry, v.
@@ -235,32 +345,15 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
     uint64_t *words = l->words + page;
     size_t nr = 0;
     int any = 1;
+    if (limit == nr_pages && nr_pages <= 16 && l->cow && l->large_ok && v & l->valid) {
+        nr = LANE(lane_wholes)(l, src, dst, max_nr, ahead, v, w, nr_pages);
+        if (nr)
+            return nr;
+    }
     if (offset > page || nr_pages > l->nr_words - head || !lane_large_ok(l, head, w, limit))
         return 0;
     if (!l->cow && v & l->write && v & l->saved_dirty)
         return 0; /* not canonical: making it writable again would change it */
-    if (limit == nr_pages && nr_pages <= 16) {
-        int done;
-        if (l->prefetch && LANE_AHEAD_LARGE + 16 <= ahead) {
-            LANE(lane_prefetch)(l, src + LANE_AHEAD_LARGE, 1);
-            if (nr_pages == 16)
-                LANE(lane_prefetch)(l, src + LANE_AHEAD_LARGE + 8, 1);
-        }
-        if (nr_pages == 16)
-            done = LANE(lane_whole)(l, src, dst, words, 16, v, step, clear, &any);
-        else if (nr_pages == 8)
-            done = LANE(lane_whole)(l, src, dst, words, 8, v, step, clear, &any);
-        else if (nr_pages == 4)
-#if LANES == 8
-            done = lane_whole_avx2(l, src, dst, words, 4, v, step, clear, &any);
-#else
-            done = LANE(lane_whole)(l, src, dst, words, 4, v, step, clear, &any);
-#endif
-        else
-            done = lane_whole_scalar(l, src, dst, words, 2, v, step, clear, &any);
-        if (done)
-            nr = nr_pages;
-    }
     if (!nr && !l->sole && l->cow && v & l->writable) {
         nr = LANE(lane_fused)(l, src, dst, words, limit, ahead, v, step, clear);
     } else if (!nr) {
@@ -294,7 +387,7 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
             break;
         w = l->words[page];
         if (!((w ^ l->small_value) & l->small_mask)) {
-            done = LANE(lane_group)(l, src + i, dst + i, n - i, ahead - i, w & LANE_KIND);
+            done = LANE(lane_group)(l, src + i, dst + i, n - i, ahead - i, w);
             if (!done) {
                 lane_small(l, src + i, dst + i, v, l->words + page, w);
                 done = 1;

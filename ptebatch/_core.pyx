@@ -97,6 +97,7 @@ cdef enum:
     LINE_PAGES_SHIFT = 3
     PREFETCH_WORDS = 1 << 16  # a smaller memmap is in the cache anyway
     LANE_RETRY = 8  # entries checked one by one before the lane is asked again
+    LANE_PATIENCE = 64  # most entries copied one by one before the lane is asked again
 
 cdef uint64_t ONE = 1
 cdef enum:
@@ -892,14 +893,18 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
                                       const memmap *M, swap_map *S, batch_scan *B, const uint64_t[::1] pool,
                                       Py_ssize_t *used, walk *W) except -1 nogil:
     """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it."""
-    cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until, readable
+    cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until, readable, ran, retry = at[0], patience = 1
     cdef uint64_t pte
     while idx < end:
-        if W.fast.level:
+        if W.fast.level and idx >= retry:
             readable = (W.end_row - srow) * src.shape[1] - idx
-            idx += lane_run(W.fast, &src[srow, idx], &dst[drow, idx], end - idx, readable)
+            ran = lane_run(W.fast, &src[srow, idx], &dst[drow, idx], end - idx, readable)
+            idx += ran
             if idx >= end:
                 break
+            # Where the lane finds nothing to do time and again, it is asked less and less often.
+            patience = 1 if ran else min(2 * patience, LANE_PATIENCE)
+            retry = idx + patience
         until = idx + PREFETCH_AHEAD if idx + PREFETCH_AHEAD < end else end
         if ahead < until:
             ahead = prefetch_pages(src, srow, ahead if ahead > idx else idx, until, L, M, W.large)

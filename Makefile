@@ -32,7 +32,7 @@ bench: $(VENV)/.installed  ## single-PTE, batched and naive copying side by side
 test: $(VENV)/.installed  ## the test suite
 	@PYTHONSAFEPATH=1 $(BIN)/python -m pytest $(ARGS)
 
-gate: $(VENV)/.installed  ## did the engine change? counts, instructions
+gate: $(VENV)/.installed  ## did the engine change? counts, instructions, time (ARGS="--base REV"), ratios
 	@$(BIN)/ptebatch gate $(ARGS)
 
 benchmarks: $(VENV)/.installed  ## pytest-benchmark cases of every primitive (ARGS="--size 1GiB -k fork")

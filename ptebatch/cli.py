@@ -1122,7 +1122,8 @@ def _level_progress() -> Iterator[Callable[[str], Progress]]:
 @gate_app.callback(
     epilog=_examples(
         "ptebatch gate",
-        "ptebatch gate --level counts --require counts",
+        "ptebatch gate --base origin/main --require counts --require time",
+        "ptebatch gate --level counts",
         "ptebatch gate --json --junit gate.xml",
         'ptebatch gate baseline --reason "v6.20: fork reads each entry once less"',
     )
@@ -1139,6 +1140,12 @@ def gate(
             show_default=False,
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="REV", help="Revision to compare the time with; built for it.", show_default=False
+        ),
+    ] = None,
     baselines: Baselines = Path("benchmarks"),
     junit: Annotated[
         Path | None, typer.Option("--junit", metavar="FILE", help="Also write JUnit XML.", show_default=False)
@@ -1146,17 +1153,38 @@ def gate(
     annotate: Annotated[
         bool, typer.Option("--annotations", help="Write annotations for GitHub to stderr. [default: if run by it]")
     ] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Measure how often time is wrong: false alarms, slow-downs found.")
+    ] = False,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="With --self-test: runs of each kind.")] = 200,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state", metavar="FILE", help="With --self-test: where to go on when run again.", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Did the engine change? Counts, instructions, time.
+    """Did the engine change? Counts, instructions, time, ratios.
 
-    Exit codes: 1 a level failed; 2 a level named by --require is inconclusive; 0 otherwise. What this machine cannot
-    know is inconclusive, never a pass.
+    counts, instructions and ratios compare with committed files; time compares with another revision of the source
+    tree, built and measured beside this one. Exit codes: 1 a level failed; 2 a level named by --require is
+    inconclusive; 0 otherwise. What this machine cannot know is inconclusive, never a pass.
     """
     if ctx.invoked_subcommand is not None:
         return
     from ptebatch import gate as gating
 
+    if self_test:
+        with _progress("self-test", still=True) as tick:
+            rates = gating.self_test(runs, state=state, progress=tick)
+        if as_json:
+            _json(rates)
+            return
+        from ptebatch import report
+
+        _print(report.self_test_table(rates))
+        return
     for option, names in (("--level", levels), ("--require", require)):
         for name in names or ():
             if name not in gating.LEVELS:

@@ -189,10 +189,10 @@ def _times(prepared: dict[str, Prepared], rounds: int) -> dict[str, int]:
 
 
 def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a line for each process.
+    """Yield a line for each process, after one that says which of the ``cases`` are ``missing`` here and why.
 
-    The request names the ``mode``, ``run`` or ``time``, the ``cases``, and for ``time`` how many ``processes`` are to
-    take the time of all cases in how many ``rounds``, and a ``scale`` for the memory of cases where it is not 1.
+    In ``mode`` ``run`` each case is run in a process. In ``mode`` ``time`` every line on stdin asks for a process that
+    takes the time of all cases, the shortest of ``rounds`` runs. ``scale`` is how much more memory a case has.
     """
     gc.disable()
     prepared: dict[str, Prepared] = {}
@@ -207,7 +207,7 @@ def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for name, case in prepared.items():
             yield {"case": name, "pid": _in_child(functools.partial(_once, case))[0]}
     else:
-        for _ in range(request["processes"]):
+        for _ in sys.stdin:
             yield {"times_ns": _in_child(functools.partial(_times, prepared, request["rounds"]))[1]}
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "quantities_table",
     "render",
     "scenarios_table",
+    "self_test_table",
     "titled",
     "verify_reasons",
     "verify_summary",
@@ -531,9 +532,7 @@ def verify_summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Scenarios by status, checks and mismatches, in a line."""
     count = {status: sum(row["status"] == status for row in rows) for status in ("passed", "failed", "skipped")}
     checks, bad = (sum(row[name] for row in rows) for name in ("checks", "mismatches"))
-    return ", ".join(
-        [*(f"{n} {status}" for status, n in count.items()), f"{checks:,} checks", f"{bad:,} mismatches"]
-    )
+    return ", ".join([*(f"{n} {status}" for status, n in count.items()), f"{checks:,} checks", f"{bad:,} mismatches"])
 
 
 def verify_table(rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -725,3 +724,18 @@ def diff_tables(found: Mapping[str, Any], limit: int) -> list[tuple[str, Table]]
 
 def _value(value: int | None) -> str:
     return "-" if value is None else format_count(value)
+
+
+def self_test_table(rates: Mapping[str, Any]) -> Table:
+    """Rates of `ptebatch.gate.self_test` with their 95 % intervals."""
+    table = _table("slower by", "measured", "runs", "called slower", "95 % interval")
+
+    def share(low: float, high: float) -> str:
+        return f"{100 * low:.1f} - {100 * high:.1f} %"
+
+    runs, alarms = str(rates["runs"]), format_share(rates["false_positive_rate"])
+    _add(table, "nothing", "-", runs, alarms, share(*rates["interval"]))
+    for slower, found in rates["detection"].items():
+        measured = f"{100 * (rates['injected_ratio'][slower] - 1):+.1f} %"
+        _add(table, f"{slower} %", measured, runs, format_share(found), share(*rates["detection_intervals"][slower]))
+    return table

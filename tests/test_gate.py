@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -58,7 +60,7 @@ def test_a_case_that_does_not_exist_is_refused(text):
 
 
 def test_the_cases_of_every_level_exist_and_differ():
-    for cases in gate.CASES.values():
+    for cases in (gate.CASES["counts"], gate.CASES["instructions"], gate.FULL.cases, gate.FAST.cases):
         assert [str(Case.parse(case)) for case in cases] == list(dict.fromkeys(cases))
 
 
@@ -309,3 +311,251 @@ def test_baseline_on_the_command_line(tmp_path):
     result = run("baseline", "--reason", "a test", "--level", "counts", "--case", CASE, "--baselines", tmp_path)
     assert "gate-counts.json" in result.stdout
     run("--level", "counts", "--baselines", tmp_path, "--require", "counts")
+
+
+# --- level 3 ----------------------------------------------------------------------------------------------------------
+def synthetic(seed: int, *, slower: float = 0.0, n: int = 24, noise: float = 0.02, spikes: float = 0.1) -> list[float]:
+    """Times as they are measured: a little noise, and some processes that took half as long again."""
+    random = np.random.default_rng(seed)
+    times = 1e6 * (1 + slower) * (1 + noise * random.standard_normal(n))
+    return list(np.where(random.random(n) < spikes, 1.5 * times, times))
+
+
+def measured(slower: dict[str, float], seeds, **more):
+    """A `measure` for `slow_downs`, and what it was asked for."""
+    asked: list[list[str]] = []
+
+    def measure(cases):
+        asked.append(list(cases))
+        return {
+            name: (synthetic(next(seeds), **more), synthetic(next(seeds), slower=slower[name], **more))
+            for name in cases
+        }
+
+    return measure, asked
+
+
+def test_nothing_changed_is_rarely_called_slower_and_ten_percent_nearly_always():
+    seeds = itertools.count()
+    alarms = sum(gate.compare_times(synthetic(next(seeds)), synthetic(next(seeds)))["slower"] for _ in range(100))
+    found = sum(
+        gate.compare_times(synthetic(next(seeds)), synthetic(next(seeds), slower=0.1))["slower"] for _ in range(100)
+    )
+    assert alarms == 0
+    assert found >= 98
+
+
+@pytest.mark.parametrize(("slower", "called"), [(0.03, False), (0.045, False), (0.06, True), (-0.2, False)])
+def test_a_slow_down_must_pass_the_ratio_floor(slower, called):
+    base = [1e6 + n for n in range(24)]
+    result = gate.compare_times(base, [took * (1 + slower) for took in base])
+    assert result["slower"] is called
+    assert result["ratio"] == pytest.approx(1 + slower)
+    assert (result["p"] < gate.P_VALUE) is (slower > 0)
+
+
+def test_a_slow_down_must_pass_the_absolute_floor():
+    base = [1000.0 + n for n in range(24)]
+    assert not gate.compare_times(base, [1.5 * took for took in base])["slower"]
+    assert gate.compare_times([10 * took for took in base], [15 * took for took in base])["slower"]
+
+
+def test_a_slow_down_must_be_ranked_significant():
+    base = [1e6, 2e6] * 12
+    head = [1.2e6, 2e6] * 12  # the median is a tenth higher, but half of the pairs say nothing
+    result = gate.compare_times(base, head)
+    assert result["p"] > gate.P_VALUE
+    assert not result["slower"]
+
+
+def test_only_what_looks_slower_is_measured_again():
+    measure, asked = measured({"a": 0.0, "b": 0.2}, itertools.count())
+    found = gate.slow_downs(measure, ["a", "b"])
+    assert asked == [["a", "b"], ["b"]]
+    assert (found["a"]["confirmed"], found["b"]["confirmed"]) == (False, True)
+    assert found["a"]["visible"]
+
+
+def test_nothing_is_measured_again_for_nothing():
+    measure, asked = measured({"a": 0.0}, itertools.count())
+    gate.slow_downs(measure, ["a"])
+    assert asked == [["a"]]
+
+
+def test_what_is_slower_only_once_is_no_slow_down():
+    slower = iter([0.2, 0.0])
+
+    def measure(cases):
+        more = next(slower)
+        return {name: (synthetic(1), synthetic(2, slower=more)) for name in cases}
+
+    found = gate.slow_downs(measure, ["a"])
+    assert (found["a"]["slower"], found["a"]["confirmed"]) == (True, False)
+    judged = gate.judge_time("main", found, {})
+    assert judged.status == "pass"
+    assert "the first time, not the second" in judged.notes[0]
+
+
+def test_noise_that_would_hide_ten_percent_is_inconclusive():
+    measure, _ = measured({"a": 0.0}, itertools.count(), noise=0.4)
+    judged = gate.judge_time("main", gate.slow_downs(measure, ["a"]), {})
+    assert judged.status == "inconclusive"
+
+
+def test_a_slow_down_fails_and_says_by_how_much():
+    measure, _ = measured({"a": 0.2, "b": 0.0}, itertools.count())
+    judged = gate.judge_time("main", gate.slow_downs(measure, ["a", "b"]), {"c": "ImportError: zap"})
+    assert judged.status == "fail"
+    (finding,) = judged.findings
+    assert finding["case"] == "a"
+    assert finding["ratio"] == pytest.approx(1.2, abs=0.05)
+    assert judged.notes == ["the base cannot run c: ImportError: zap"]
+
+
+TINY = gate.Profile((CASE, OTHER), interpreters=2, processes=2, rounds=2)
+
+
+def test_both_sides_take_the_same_number_of_turns():
+    ticks = []
+    times, missing = gate.take_turns(gate.Side(), gate.Side(), TINY, TINY.cases, lambda *tick: ticks.append(tick))
+    assert missing == {}
+    assert {name: [len(side) for side in pair] for name, pair in times.items()} == {name: [4, 4] for name in TINY.cases}
+    assert all(took > 0 for pair in times.values() for side in pair for took in side)
+    assert ticks[-1] == (4, 4)
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """A copy of the package that cannot write-protect."""
+    shutil.copytree(Path(gate.__file__).parent, tmp_path / "ptebatch")
+    protect = tmp_path / "ptebatch" / "protect.py"
+    protect.write_text(protect.read_text().replace("def wrprotect_range", "def another"))
+    return tmp_path
+
+
+def test_a_base_that_lacks_a_function_is_compared_in_the_rest(older):
+    times, missing = gate.take_turns(gate.Side(older), gate.Side(), TINY, TINY.cases)
+    assert list(times) == [CASE]
+    assert list(missing) == [OTHER]
+    assert "wrprotect_range" in missing[OTHER]
+
+
+def test_a_head_that_lacks_a_function_is_an_error(older):
+    with pytest.raises(StateError, match="wrprotect_range"):
+        gate.take_turns(gate.Side(), gate.Side(older), TINY, TINY.cases)
+
+
+def test_a_worker_that_dies_says_why(tmp_path):
+    (tmp_path / "ptebatch").mkdir()
+    (tmp_path / "ptebatch" / "__init__.py").write_text("raise SystemExit('no such luck')")
+    with pytest.raises(StateError, match="no such luck"):
+        gate.take_turns(gate.Side(tmp_path), gate.Side(), TINY, TINY.cases)
+
+
+def test_without_a_base_time_is_inconclusive():
+    assert gate.check_time(None).status == "inconclusive"
+
+
+def test_a_base_that_does_not_exist_is_inconclusive():
+    found = gate.check_time("no-such-revision-anywhere")
+    assert found.status == "inconclusive"
+
+
+# --- level 4 ----------------------------------------------------------------------------------------------------------
+def test_a_ratio_must_be_high_each_time():
+    bounds = {"batched/limit m": 2.0, "batched/single m": 0.5}
+    tries = iter([{"batched/limit m": 2.5, "batched/single m": 0.4}, {"batched/limit m": 1.9, "batched/single m": 0.4}])
+    assert gate.compare_ratios(bounds, lambda memory: next(tries)) == []
+    (finding,) = gate.compare_ratios(bounds, lambda memory: {"batched/limit m": 2.5, "batched/single m": 0.4})
+    assert finding == {"case": "batched/limit m", "what": "2.5, bound 2", "ratio": 2.5}
+
+
+def test_ratios_are_measured_and_agree_with_each_other():
+    ratios = gate.measure_ratios("size=4MiB,folio=64KiB", rounds=3)
+    batched, single, both = (
+        ratios[f"{pair} size=4MiB,folio=64KiB"] for pair in ("batched/limit", "single/limit", "batched/single")
+    )
+    assert both == pytest.approx(batched / single)
+    assert batched > 0
+
+
+def test_bounds_are_those_of_a_cpu_and_simd_level(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "_unfit", lambda **_: None)
+    monkeypatch.setattr(gate, "measure_ratios", lambda memory: {f"batched/limit {memory}": 2.0})
+    assert gate.check_ratios(tmp_path).status == "inconclusive"
+    gate.write_baselines("a test", ["ratios"], baselines=tmp_path)
+    assert gate.check_ratios(tmp_path).status == "pass"
+    monkeypatch.setattr(
+        gate, "measure_ratios", lambda memory: {f"batched/limit {memory}": 2.0 * gate.RATIO_SLACK + 0.01}
+    )
+    assert gate.check_ratios(tmp_path).status == "fail"
+    environment = gate.bench.environment()
+    monkeypatch.setattr(gate.bench, "environment", lambda: environment | {"cpu": "Another (1/2/3), 8 CPUs"})
+    assert gate.check_ratios(tmp_path).status == "inconclusive"
+
+
+# --- the self-test ----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def judged(monkeypatch):
+    """No measuring: a case is called slower if it is by 10 % or more; and in every 4th run with nothing changed."""
+    monkeypatch.setattr(gate, "_unfit", lambda **_: None)
+    monkeypatch.setattr(gate, "_shares", lambda profile: dict.fromkeys(profile.cases, 1.0))
+    calls = []
+
+    def run(profile, shares, number, slower):
+        calls.append((number, slower))
+        injected = profile.cases[number % len(profile.cases)] if slower else None
+        confirmed = [injected] if slower >= 10 else [profile.cases[0]] if not slower and number % 4 == 0 else []
+        return {"run": number, "slower": slower, "injected": injected, "ratio": 1 + slower / 100 if slower else None,
+                "confirmed": confirmed, "first": confirmed, "seconds": 1.0}  # fmt: skip
+
+    monkeypatch.setattr(gate, "_self_test_run", run)
+    return calls
+
+
+def test_the_self_test_counts_false_alarms_and_what_was_found(judged):
+    rates = gate.self_test(8, profile=TINY)
+    assert (rates["runs"], rates["false_positive_rate"]) == (8, 0.25)
+    assert rates["detection"] == {"3": 0.0, "5": 0.0, "10": 1.0, "20": 1.0}
+    low, high = rates["interval"]  # Clopper-Pearson for 2 of 8
+    assert (low, high) == (pytest.approx(0.0319, abs=1e-4), pytest.approx(0.6509, abs=1e-4))
+    assert rates["detection_intervals"]["10"] == [pytest.approx(0.6306, abs=1e-4), 1.0]
+    assert rates["elsewhere"] == 0
+    assert len(judged) == 8 * 5
+
+
+def test_the_self_test_goes_on_where_it_stopped(judged, tmp_path):
+    state = tmp_path / "state.jsonl"
+    gate.self_test(2, state=state, profile=TINY)
+    assert len(judged) == 10
+    rates = gate.self_test(3, state=state, profile=TINY)
+    assert judged[10:] == [(2, slower) for slower in (0, *gate.SLOWER)]
+    assert rates["runs"] == 3
+    with pytest.raises(StateError, match="profile"):
+        gate.self_test(3, state=state, profile=gate.FAST)
+
+
+def test_the_self_test_does_not_touch_a_file_that_is_another(judged, tmp_path):
+    state = tmp_path / "notes.txt"
+    state.write_text("dear diary\n")
+    with pytest.raises(StateError, match="no state"):
+        gate.self_test(1, state=state, profile=TINY)
+    assert state.read_text() == "dear diary\n"
+
+
+@pytest.mark.skipif(gate._unfit() is not None, reason=str(gate._unfit()))
+def test_a_self_test_for_real(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "SLOWER", (20,))
+    result = gate.self_test(1, profile=TINY, state=tmp_path / "state")
+    lines = [json.loads(line) for line in (tmp_path / "state").read_text().splitlines()[1:]]
+    assert [line["slower"] for line in lines] == [0, *gate.SLOWER]
+    assert all(set(line["confirmed"]) <= set(line["first"]) <= set(TINY.cases) for line in lines)
+    assert result["injected_ratio"].keys() == result["detection"].keys() == {"20"}
+
+
+def test_the_self_test_on_the_command_line(judged, monkeypatch):
+    document = json.loads(run("--self-test", "--runs", 1, "--json").stdout)
+    assert {"runs", "false_positive_rate", "interval", "detection"} <= document.keys()
+    assert "Clopper" not in document
+    table = run("--self-test", "--runs", 1).stdout
+    assert "called slower" in table and "nothing" in table

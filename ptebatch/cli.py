@@ -1190,7 +1190,7 @@ def gate(
             if name not in gating.LEVELS:
                 _usage(f"{name!r} is no level; the levels are {', '.join(gating.LEVELS)}", option)
     with _level_progress() as progress:
-        document = gating.run_gate(levels or (), baselines=baselines, progress=progress)
+        document = gating.run_gate(levels or (), base=base, baselines=baselines, progress=progress)
     code = gating.exit_code(document, require or ())
     document["exit_code"] = code
     if junit is not None:

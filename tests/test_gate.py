@@ -302,6 +302,11 @@ def test_a_level_that_must_be_known_and_is_not(tmp_path):
     run(*only, "--require", "counts", code=2)
 
 
+def test_the_base_is_passed_on(monkeypatch):
+    monkeypatch.setattr(gate, "check_time", lambda base, progress: gate.Level(3, "time", "pass", f"against {base}"))
+    assert "against HEAD~2" in run("--level", "time", "--base", "HEAD~2").stdout
+
+
 @pytest.mark.parametrize("option", ["--level", "--require"])
 def test_a_level_that_does_not_exist_is_a_usage_error(option):
     assert "no level" in run(option, "vibes", code=2).stderr

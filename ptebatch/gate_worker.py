@@ -109,7 +109,17 @@ def _wrprotect(mm: Mm, semantics: KernelSemantics, batching: bool) -> Prepared:
     return _range(wrprotect_range, mm, semantics, batching)
 
 
-OPERATIONS: dict[str, Callable[[Mm, KernelSemantics, bool], Prepared]] = {"fork": _fork, "wrprotect": _wrprotect}
+def _zap(mm: Mm, semantics: KernelSemantics, batching: bool) -> Prepared:
+    from ptebatch.zap import zap_range
+
+    return _range(zap_range, mm, semantics, batching)
+
+
+OPERATIONS: dict[str, Callable[[Mm, KernelSemantics, bool], Prepared]] = {
+    "fork": _fork,
+    "wrprotect": _wrprotect,
+    "zap": _zap,
+}
 
 
 def prepare(case: Case, scale: float = 1.0) -> Prepared:

@@ -933,8 +933,6 @@ class _Builder:
             small = self.pfn[zero & ~self.leaf]
             folios.zero_pfn = int(small[0]) if len(small) else None
         folios.swap.add(swap_keys(self.layout, mm.entries.reshape(-1), self.semantics))
-        small, huge = (int(pfns[0]) if len(pfns) else None for pfns in self.zero_pfns)
-        folios.zero_pfn, folios.huge_zero_pfn, mm.huge_zero = small, huge, huge is not None
         mm.validate()
         self._say(mm)
         return Capture(mm, self.bound, "hidden" if self.reader.hidden else "real", self.notes)
@@ -943,7 +941,6 @@ class _Builder:
 
     def _hidden_frames(self) -> Frames:
         """One small folio per present entry; the zero page and PFN mappings are known without their PFN."""
-        self.zero_pfns: list[I64] = [np.zeros(0, dtype=np.int64)] * 2
         value = self.entries.value
         self.pfn = np.where(self.present, np.cumsum(self.present), 0)
         self.special = self.present & (self.entries.zero | self._of_area("pf" in area.codes for area in self.areas))
@@ -970,9 +967,6 @@ class _Builder:
         unmapped |= (frames.count[at] == 0) & self._of_area("mm" in area.codes for area in self.areas)[looked_up]
         self.special = self.present & device
         self.special[looked_up] = absent[at] | unmapped
-        zero = np.zeros(len(self.present), dtype=bool)
-        zero[looked_up] = frames.has(KPF_ZERO_PAGE)[at]
-        self.zero_pfns = [self.pfn[zero & ~self.leaf], self.pfn[zero & self.leaf & (self.entries.vpn % 512 == 0)]]
         return frames
 
     # --- the memmap ---------------------------------------------------------------------------------------------------

@@ -560,7 +560,8 @@ def knob(root: None) -> str:
 HOLDING = f"""
 import signal, time
 from ptebatch import live
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs these tests may ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs these tests may ignore them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with live.Settings(live.mthp(65536)):
     say(live.current({KNOB!r}))
     time.sleep(100)

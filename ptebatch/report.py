@@ -499,8 +499,8 @@ def bench_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     size = f", measured on {format_size(max(naive))}" if naive else ""
     texts = [
         f"naive: a plain Python loop over lists{size}",
-        "single, batched: one PTE at a time, batches of a folio; change: between these two. One PTE at a time has a "
-        "fast lane for small folios only, batches have one for all, so the change is larger than a kernel's",
+        "single, batched: one PTE at a time, batches of a folio; change: between these two",
+        "one PTE at a time has a fast lane for small folios only, batches have one for all: change exceeds a kernel's",
         "limit: streaming over the same entries and nothing else",
         "pool: first touch of the child's fresh tables, not part of the other times",
     ]

@@ -56,7 +56,7 @@ cdef extern from "_lane.h" nogil:
         uint64_t extent_pfn, extent_len
         size_t extent_at
         uint64_t small_mask, small_value, large_mask
-        int large_mapcount, mm_id, large_ok, sole
+        int large_mapcount, mm_id, large_ok
         uint64_t page_mapcount, mm
         int64_t *hist
         int64_t none, exclusive, reads, wrprotects, wrprotected
@@ -1414,8 +1414,8 @@ cdef void lane_entries(lane *F, const pte_layout *L) noexcept nogil:
     F.saved_dirty = L.saved_dirty
 
 
-cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const batch_scan *B, int64_t *stats,
-                     bint sole) noexcept nogil:
+cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const batch_scan *B,
+                     int64_t *stats) noexcept nogil:
     """How to copy; the level becomes LANE_OFF where the lane does not know how."""
     # A read-only dirty entry counts as writable on a CPU with shadow stacks: harmless to the lane where all of them end
     # up write-protected, but elsewhere it would have to tell entry 0 from the others.
@@ -1442,10 +1442,6 @@ cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const ba
     F.mm = R.dst_mm_id << AUX_COUNT_BITS_
     F.page_mapcount = R.page_mapcount
     F.large_ok = R.batching and not (R.near_limit and R.page_mapcount)
-    F.sole = sole
-    if sole:
-        F.small_mask |= (ONE << MAPCOUNT_BITS_) - 1
-        F.small_value |= 1
     F.hist = stats + N_STATS
 
 
@@ -1615,7 +1611,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
         scan_rules(&L, &B, R.respect_dirty != 0, R.respect_soft_dirty != 0, False)
         B.clamp = R.fpb_clamp != 0
         lane_entries(&F, &L)
-        lane_rules(&F, &L, &R, &B, W.stats, False)
+        lane_rules(&F, &L, &R, &B, W.stats)
         before = main_loop_reads(W.stats, nr_hist)
         while row < nr_rows:
             if row >= has_rows:

@@ -106,7 +106,7 @@ struct lane {
     /* rules */
     uint64_t small_mask, small_value; /* what the word of a small folio's page must be like; value without the kind */
     uint64_t large_mask;              /* bits that the head of a large folio must not have */
-    int large_mapcount, mm_id, large_ok, sole;
+    int large_mapcount, mm_id, large_ok;
     uint64_t page_mapcount, mm;
     /* counters */
     int64_t *hist; /* by nr */
@@ -180,14 +180,12 @@ LANE_INLINE void lane_small(struct lane *l, uint64_t *src, uint64_t *dst, uint64
     *dst = v & ~l->child_clear;
 }
 
-/* Whether the lane may account nr more mappings of the large folio with that head; a page of it has the word w. */
-LANE_INLINE int lane_large_ok(const struct lane *l, size_t head, uint64_t w, size_t nr)
+/* Whether the lane may account more mappings of the large folio with that head; a page of it has the word w. */
+LANE_INLINE int lane_large_ok(const struct lane *l, size_t head, uint64_t w)
 {
     if (!l->large_ok || w & LANE_BIT(HUGETLB_BIT_) || l->words[head] & l->large_mask || l->words[head + 1] & LANE_HALF_COUNTER)
         return 0;
-    if (l->mm_id && (l->aux[head] | l->aux[head + 1]) & LANE_HALF_AUX)
-        return 0;
-    return !l->sole || (l->words[head + l->large_mapcount] >> COUNTER_SHIFT_ & (LANE_BIT(COUNTER_BITS_) - 1)) == nr;
+    return !(l->mm_id && (l->aux[head] | l->aux[head + 1]) & LANE_HALF_AUX);
 }
 
 /* MM-ID slots of a large folio when this fork adds nr mappings; total is the large mapcount afterwards (v6.15). */

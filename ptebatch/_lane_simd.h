@@ -134,7 +134,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
     const V mask = LANE(set)(same), value = LANE(set)(w & LANE_WHOLE_VALUE), exclusive = LANE(set)(anon ? LANE_BIT(AE_BIT_) : 0);
     const V clear = LANE(set)(l->clear), child_clear = LANE(set)(l->child_clear), writable = LANE(set)(l->writable);
     const V write = LANE(set)(l->write), fold_dirty = LANE(set)(l->fold_dirty);
-    const int mm_id = l->mm_id, prefetch = l->prefetch, sole = l->sole, second = l->large_mapcount;
+    const int mm_id = l->mm_id, prefetch = l->prefetch, second = l->large_mapcount;
     uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at, first[16] = {
         counter + l->page_mapcount, (second ? counter : 0) + l->page_mapcount,
         l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount,
@@ -185,8 +185,6 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             aux[at] = a | LANE_BIT(AUX_SHARED_BIT_);
             aux[at + 1] = b | mm | pages;
         }
-        if (sole && (words[at + (size_t)second] >> COUNTER_SHIFT_ & (LANE_BIT(COUNTER_BITS_) - 1)) != pages)
-            break;
         base = LANE(set)(writes ? lane_wrprotect(l, head) : head);
         for (k = 0; k < pages / LANES; k++) {
             if (writes)
@@ -350,16 +348,14 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
         if (nr)
             return nr;
     }
-    if (offset > page || nr_pages > l->nr_words - head || !lane_large_ok(l, head, w, limit))
+    if (offset > page || nr_pages > l->nr_words - head || !lane_large_ok(l, head, w))
         return 0;
     if (!l->cow && v & l->write && v & l->saved_dirty)
         return 0; /* not canonical: making it writable again would change it */
-    if (!nr && !l->sole && l->cow && v & l->writable) {
+    if (l->cow && v & l->writable) {
         nr = LANE(lane_fused)(l, src, dst, words, limit, ahead, v, step, clear);
-    } else if (!nr) {
+    } else {
         nr = LANE(lane_scan)(l, src, limit, v, step, &any);
-        if (l->sole && nr != limit)
-            return 0;
         LANE(lane_rewrite)(l, src, dst, words, nr, v, step, clear, any);
     }
     if (nr)

@@ -606,6 +606,28 @@ PTE_MARKER_UFFD_WP = 1
 PTE_MARKER_POISONED = 2
 PTE_MARKER_GUARD = 4  # v6.13+
 SWP_PTE_MARKER = 31
+
+
+def copy_pte_marker(marker: int, guard_markers: bool, uffd_wp: bool) -> int:
+    """Return what of a PTE marker fork gives the child; 0: its entry stays none.
+
+    Parameters
+    ----------
+    marker : int
+        PTE_MARKER_* bits of the parent's entry.
+    guard_markers : bool
+        The kernel has guard markers (v6.13+).
+    uffd_wp : bool
+        The child's VMA has VM_UFFD_WP.
+
+    Notes
+    -----
+    ``copy_pte_marker()``, include/linux/mm_inline.h, v6.6 to v6.19.
+    """
+    keep = PTE_MARKER_POISONED | guard_markers * PTE_MARKER_GUARD | uffd_wp * PTE_MARKER_UFFD_WP
+    return marker & keep
+
+
 _MARKERS = (("uffd-wp", PTE_MARKER_UFFD_WP), ("poisoned", PTE_MARKER_POISONED), ("guard", PTE_MARKER_GUARD))
 
 

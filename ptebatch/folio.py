@@ -877,7 +877,11 @@ class Folio:
         self._folios._aux[at] = aux0 & ~(1 << AUX_SHARED_BIT) | int(bool(value)) << AUX_SHARED_BIT
 
     def add_mm_mapping(self, mm_id: int, nr: int) -> None:
-        """`mm_id` has `nr` more mappings; the large mapcount already includes them (v6.15+)."""
+        """`mm_id` has `nr` more mappings; the large mapcount already includes them.
+
+        Two mms are told apart, any further one is not (``folio_add_return_large_mapcount()``, include/linux/rmap.h,
+        v6.15+).
+        """
         (id0, n0), (id1, n1) = self.mm_ids
         if id0 == mm_id:
             self.set_mm_ids(((id0, n0 + nr), (id1, n1)))

@@ -542,10 +542,7 @@ def copy_hugetlb_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64
         if kind == "none":
             continue
         if kind == "marker":
-            keep = arch.PTE_MARKER_POISONED
-            keep |= arch.PTE_MARKER_GUARD if ctx.semantics.guard_markers else 0
-            keep |= arch.PTE_MARKER_UFFD_WP if uffd_wp else 0
-            marker = arch.swp_offset(layout, pmd) & keep
+            marker = arch.copy_pte_marker(arch.swp_offset(layout, pmd), ctx.semantics.guard_markers, uffd_wp)
             if marker:
                 dst_mm.pmd_entries[to] = arch.swp_entry(layout, arch.SWP_PTE_MARKER, marker)
             stats[_STAT["pte_markers"]] += 1

@@ -588,10 +588,7 @@ def _copy_nonpresent_pte(
     uffd_wp = bool(ctx.dst_vma.vm_flags & arch.VM_UFFD_WP)
 
     if kind == "marker":
-        keep = arch.PTE_MARKER_POISONED
-        keep |= arch.PTE_MARKER_GUARD if ctx.semantics.guard_markers else 0
-        keep |= arch.PTE_MARKER_UFFD_WP if uffd_wp else 0
-        marker = arch.swp_offset(layout, pte) & keep
+        marker = arch.copy_pte_marker(arch.swp_offset(layout, pte), ctx.semantics.guard_markers, uffd_wp)
         if marker:
             dst[idx] = arch.swp_entry(layout, arch.SWP_PTE_MARKER, marker)
         _count_nonpresent(stats, "pte_markers")
@@ -765,26 +762,7 @@ def _dup_rmap(ctx: ForkContext, folio: Folio, pfn: int, nr: int, mm_id: int | No
     if folio.order > 0 and ctx.semantics.large_mapcount:
         folio.large_mapcount += nr
     if _tracks_mm_ids(ctx, folio):
-        _add_mm_id(folio, ctx.dst_mm_id if mm_id is None else mm_id, nr)
-
-
-def _add_mm_id(folio: Folio, mm_id: int, nr: int) -> None:
-    """Note that `mm_id` has `nr` more mappings; two mms are told apart, any further one is not.
-
-    ``folio_add_return_large_mapcount()``, include/linux/rmap.h, v6.15+.  The total already includes the `nr`.
-    """
-    (id0, count0), (id1, count1) = folio.mm_ids
-    if id0 == mm_id:
-        folio.set_mm_ids(((id0, count0 + nr), (id1, count1)))
-    elif id1 == mm_id:
-        folio.set_mm_ids(((id0, count0), (id1, count1 + nr)))
-    elif id0 == 0:
-        folio.set_mm_ids(((mm_id, nr), (id1, count1)))
-        if folio.large_mapcount != nr:
-            folio.maybe_mapped_shared = True
-    elif id1 == 0:
-        folio.set_mm_ids(((id0, count0), (mm_id, nr)))
-        folio.maybe_mapped_shared = True
+        folio.add_mm_mapping(ctx.dst_mm_id if mm_id is None else mm_id, nr)
 
 
 # --- walkers ----------------------------------------------------------------------------------------------------------

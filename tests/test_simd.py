@@ -10,7 +10,7 @@ import pytest
 import test_differential
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import cases, kernels
+from strategies import PRIVATE, cases, kernels
 
 from ptebatch import _core, batch
 from ptebatch.arch import X86_64 as L
@@ -18,7 +18,7 @@ from ptebatch.arch import pte_pfn
 from ptebatch.errors import PfnError
 from ptebatch.folio import FolioTable
 from ptebatch.fork import fork
-from ptebatch.mm import copy_state, digest
+from ptebatch.mm import Mm, Vma, account, copy_state, digest
 from ptebatch.semantics import LATEST
 from ptebatch.workload import Workload
 
@@ -68,20 +68,45 @@ def test_workload(level, name):
     assert one.folios == two.folios
 
 
-@pytest.mark.parametrize("pfn", [0, 1 << 18, (1 << 40) - 1, (1 << 18) + 4096])
-def test_hostile_pfn(level, pfn):
+@pytest.mark.parametrize("where", ["zero", "first", "last", "before the extent", "behind the extent", "far behind"])
+def test_hostile_pfn(level, where):
     """A page table may name any PFN: those without a page are refused before anything changes."""
     mm = Workload(size=4 << 20).build()
+    first, nr, _ = mm.folios.extent()
+    pfn = {"zero": 0, "first": 1, "last": (1 << 40) - 1, "before the extent": first - 1,
+           "behind the extent": first + nr, "far behind": first + nr + 4096}[where]  # fmt: skip
+    assert pfn not in mm.folios
     for at in (0, 100, 511, 512, 1023):
         other = copy_state(mm)
         other.entries.reshape(-1)[at] = np.uint64(pfn << 12 | 0x67)
         before = copy_state(other)
-        if pfn in mm.folios:
-            continue
         with pytest.raises(PfnError, match=f"{pfn:#x}"):
             fork(other)
         assert np.array_equal(other.entries, before.entries)
         assert other.folios == before.folios
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_neighbours_of_one_size_are_two_folios(level, order, cut):
+    """Behind a whole folio, the end of one folio and the beginning of its neighbour go on in PFN order: two batches."""
+    nr, first = 1 << order, 1 << 18
+    folios = FolioTable()
+    folios.add_folios(first + nr * np.arange(64 // nr + 4), order)
+    # Folio 0 whole, folio 3 without its first `cut` pages, as many pages of folio 4, folio 1 whole.
+    cut = min(cut, nr - 1)
+    pages = np.r_[0:nr, 3 * nr + cut : 4 * nr + cut, nr : 2 * nr]
+    start = 0x40000000
+    space = Mm.for_vmas(L, folios, [Vma(start, start + len(pages) * 4096, PRIVATE, anon_vma=True)])
+    space.fill(start, np.uint64(0x8000000000000067) | (first + pages).astype(np.uint64) << np.uint64(12))
+    account(space)
+    other = copy_state(space)
+    one, two = fork(space), fork(other, impl="reference")
+    lengths = [nr, nr - cut, cut, nr]
+    assert one.stats.batch_hist[1:].tolist() == [lengths.count(n + 1) for n in range(L.ptrs_per_pte)]
+    assert one.stats == two.stats
+    assert np.array_equal(one.child.entries, two.child.entries)
+    assert folios == other.folios
 
 
 def test_extent():

@@ -19,7 +19,7 @@ from ptebatch.errors import PfnError
 from ptebatch.folio import FolioTable
 from ptebatch.fork import fork
 from ptebatch.mm import Mm, Vma, account, copy_state, digest
-from ptebatch.semantics import LATEST
+from ptebatch.semantics import LATEST, V6_9, V6_12
 from ptebatch.workload import Workload
 
 EXAMPLES = max(60, test_differential.EXAMPLES // 20)
@@ -88,7 +88,8 @@ def test_hostile_pfn(level, where):
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("cut", [1, 2])
-def test_neighbours_of_one_size_are_two_folios(level, order, cut):
+@pytest.mark.parametrize("semantics", [LATEST, V6_12, V6_9], ids=lambda semantics: semantics.version)
+def test_neighbours_of_one_size_are_two_folios(level, order, cut, semantics):
     """Behind a whole folio, the end of one folio and the beginning of its neighbour go on in PFN order: two batches."""
     nr, first = 1 << order, 1 << 18
     folios = FolioTable()
@@ -101,7 +102,7 @@ def test_neighbours_of_one_size_are_two_folios(level, order, cut):
     space.fill(start, np.uint64(0x8000000000000067) | (first + pages).astype(np.uint64) << np.uint64(12))
     account(space)
     other = copy_state(space)
-    one, two = fork(space), fork(other, impl="reference")
+    one, two = fork(space, semantics=semantics), fork(other, semantics=semantics, impl="reference")
     lengths = [nr, nr - cut, cut, nr]
     assert one.stats.batch_hist[1:].tolist() == [lengths.count(n + 1) for n in range(L.ptrs_per_pte)]
     assert one.stats == two.stats

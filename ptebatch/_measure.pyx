@@ -12,6 +12,7 @@ cdef extern from "measure.h" nogil:
     enum: SIMD_SCALAR, SIMD_AVX2, SIMD_AVX512
     enum: STREAM_PLAIN, STREAM_PREFETCH, STREAM_NONTEMPORAL
     bint simd_supported(int level)
+    void stream_clear(uint64_t *src, size_t n, uint64_t a, int level, int variant)
     void stream(uint64_t *src, uint64_t *dst, size_t n, uint64_t a, uint64_t b, int level, int variant)
     struct plain_state:
         uint64_t *src
@@ -52,14 +53,29 @@ def supported():
     return tuple(name for name, level in SIMD_LEVELS.items() if simd_supported(level))
 
 
+cdef int level_number(str level) except -1:
+    cdef int number = SIMD_LEVELS[level]
+    if not simd_supported(number):
+        raise ValueError(f"this CPU has no {level}")
+    return number
+
+
+def py_stream_clear(uint64_t[::1] src not None, uint64_t a, str level not None, str variant not None):
+    """src &= ~a."""
+    cdef int number = level_number(level), how = STREAM_VARIANTS[variant]
+    if how == STREAM_NONTEMPORAL:
+        raise ValueError("what is written is read before: it cannot be non-temporal")
+    if src.shape[0]:
+        with nogil:
+            stream_clear(&src[0], src.shape[0], a, number, how)
+
+
 def py_stream(uint64_t[::1] src not None, uint64_t[::1] dst not None, uint64_t a, uint64_t b, str level not None,
               str variant not None):
     """src &= ~a; dst = src & ~b."""
-    cdef int number = SIMD_LEVELS[level], how = STREAM_VARIANTS[variant]
+    cdef int number = level_number(level), how = STREAM_VARIANTS[variant]
     if dst.shape[0] != src.shape[0]:
         raise ValueError("src and dst differ in length")
-    if not simd_supported(number):
-        raise ValueError(f"this CPU has no {level}")
     if src.shape[0]:
         with nogil:
             stream(&src[0], &dst[0], src.shape[0], a, b, number, how)

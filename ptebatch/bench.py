@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import mmap
 import os
 import platform
 import re
@@ -32,13 +31,13 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from ptebatch import _measure, live
+from ptebatch import _measure, live, memory
 from ptebatch.arch import X86_64, PteLayout, is_cow_mapping
 from ptebatch.capture import Capture, capture
 from ptebatch.errors import ArgumentError, PermissionDeniedError, StateError
 from ptebatch.folio import tally
 from ptebatch.fork import ForkPlan, ForkStats
-from ptebatch.mm import Mm, pte_pfns
+from ptebatch.mm import Mm, none_tables, pte_pfns
 from ptebatch.peers import NAIVE, Peer, available, flatten, kernel_layout
 from ptebatch.protect import wrprotect_range
 from ptebatch.semantics import LATEST, KernelSemantics, running
@@ -295,7 +294,8 @@ def simd_level() -> str:
 def limit_cases(entries: U64, layout: PteLayout) -> list[Case]:
     """Return the streaming limit over copies of `entries`, in all variants at `simd_level`."""
     level = simd_level()
-    src, dst = entries.copy(), np.zeros_like(entries)
+    src, dst = memory.copy(entries), memory.zeros(len(entries))
+    dst.fill(0)  # touched, as the child's tables are
 
     def reset() -> None:
         src[...] = entries
@@ -315,11 +315,11 @@ def limit_cases(entries: U64, layout: PteLayout) -> list[Case]:
 
 def pool_case(plan: ForkPlan, ptes: int) -> Case:
     """Allocation and first touch of the child's page tables, which is not part of the other cases' times."""
-    none_value, shape = plan.mm.layout.none_value, plan.child.entries.shape
+    layout, nr = plan.mm.layout, len(plan.child.vpns)
+    none_value = layout.none_value
 
     def run() -> U64:
-        # Not from the allocator: that may hand out memory which is not fresh.
-        tables = np.frombuffer(mmap.mmap(-1, plan.child.entries.nbytes), dtype=np.uint64).reshape(shape)
+        tables = none_tables(layout, nr)
         tables[:, 0] = none_value  # a table is a page
         return tables
 
@@ -592,6 +592,7 @@ OTHER_MEMORY = (
 OTHER_KERNELS = ("v6.9", "v6.12", "v6.18")
 OTHER_MUST = 2.0
 WRPROTECT_MUST = 2.0
+STREAM_CLEAR_VARIANTS = ("plain", "prefetch")
 
 
 def run_limit(
@@ -700,10 +701,9 @@ def _not_plain(
 
 
 def _wrprotect_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
-    """Return write-protection of all of `mm`, and the streaming loop that does as much."""
-    saved = mm.entries.copy()
-    src = saved.reshape(-1).copy()
-    keep = ~np.uint64(mm.layout.write)
+    """Return write-protection of all of `mm`, and the streaming loop that does as much, in all variants."""
+    saved, src = memory.copy(mm.entries), memory.copy(mm.entries.reshape(-1))
+    write, level = mm.layout.write, simd_level()
     start, end = mm.vmas[0].start, mm.vmas[-1].end
 
     def reset() -> None:
@@ -718,13 +718,19 @@ def _wrprotect_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
     def run() -> Any:
         return wrprotect_range(mm, start, end, semantics=semantics)
 
-    def stream() -> None:
-        np.bitwise_and(src, keep, out=src)
+    def check_stream(_: None) -> None:
+        if (src != saved.reshape(-1) & ~np.uint64(write)).any():
+            raise StateError("the streaming loop went wrong; please report this")
 
     row = {"path": "batched", "operation": "wrprotect_range", "semantics": semantics.label}
     ptes = int(pte_pfns(mm.layout, saved)[0].sum())
     core = Case({"source": "core", **row}, ptes, reset, run, check)
-    return [core, Case({"source": "limit", **row}, ptes, reset, stream)]
+    limits = [
+        Case({"source": "limit", **row, "variant": variant, "simd": level}, ptes, reset,
+             functools.partial(_measure.py_stream_clear, src, write, level, variant), check_stream)
+        for variant in STREAM_CLEAR_VARIANTS
+    ]  # fmt: skip
+    return [core, *limits]
 
 
 # --- the kernel's memory layout ---------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ptebatch import memory
 from ptebatch.errors import ArgumentError, PfnError, StateError
 from ptebatch.swap import SwapTable
 
@@ -190,7 +191,7 @@ class FolioTable:
             return
         # The first sections get what they need; later growth is amortised.
         room = nr if not len(self._section_of) else max(nr, len(self._section_of) * 5 // 4)
-        words, aux = (np.zeros(room * SECTION_PAGES, dtype=np.uint64) for _ in range(2))
+        words, aux = (memory.zeros(room * SECTION_PAGES) for _ in range(2))
         used = self._nr_sections * SECTION_PAGES
         words[:used], aux[:used] = self._words[:used], self._aux[:used]
         section_of = np.zeros(room, dtype=np.int64)
@@ -366,6 +367,42 @@ class FolioTable:
         self._words[index] = np.repeat(flags, nr)
         self._aux[index] = 0
         self._update_full(sections)
+
+    def fill_mapped(self, first_pfn: int, nr: int, order: int, *, mm_id: int) -> None:
+        """Write neighbouring anonymous folios in which every page is mapped once, by `mm_id`, and anon-exclusive.
+
+        Like `add_folios` and `map_ptes`, but whatever is in the range is replaced, and no memory is needed besides that
+        of the pages.
+
+        Parameters
+        ----------
+        first_pfn : int
+        nr, order : int
+            Folios and their order. They begin and end at multiples of 64 pages, and `first_pfn` is one of the folio's.
+        """
+        nr_pages = 1 << _count("order", order, MAX_ORDER)
+        pages = _count("nr", nr, MAX_PFN) << order
+        whole = first_pfn % max(nr_pages, SECTION_PAGES) == pages % SECTION_PAGES == 0
+        if not whole or not 0 <= first_pfn <= MAX_PFN + 1 - pages:
+            raise ArgumentError(f"{nr} folios of order {order} at PFN {first_pfn:#x} do not fill whole sections")
+        if not pages:
+            return
+        sections = np.arange(first_pfn >> SECTION_SHIFT, (first_pfn + pages) >> SECTION_SHIFT)
+        self._add_sections(sections)
+        numbers = self._section_numbers(sections)
+        if (np.diff(numbers) != 1).any():
+            self._sort_sections()
+            numbers = self._section_numbers(sections)
+        self._sub[self._sub_slots(sections)] = (numbers << 1 | 1).astype(np.int32)
+        self._extent = None
+        at = int(numbers[0]) << SECTION_SHIFT
+        words, aux = (array[at : at + pages].reshape(nr, nr_pages) for array in (self._words, self._aux))
+        flags = 1 << VALID_BIT | 1 << ANON_BIT | 1 << SWAPBACKED_BIT | 1 << AE_BIT | order << ORDER_SHIFT
+        words[...] = flags | 1
+        words[:, :2] += np.uint64(nr_pages << COUNTER_SHIFT)  # refcount and large mapcount; of a small folio, the first
+        aux[...] = 0
+        if order:
+            aux[:, 0] = _count("mm_id", mm_id, MAX_MM_ID) << AUX_COUNT_BITS | nr_pages
 
     def remove(self, head_pfn: int) -> None:
         """Take a folio away (its pages are free afterwards)."""
@@ -626,7 +663,7 @@ class FolioTable:
             if len(mine) == len(theirs):
                 mine[...] = theirs
             else:
-                setattr(self, name, theirs.copy())
+                setattr(self, name, memory.copy(theirs))
         for name in ("_nr_sections", "_near_limit", "_next_mm_id", "_free_hint", "zero_pfn", "huge_zero_pfn"):
             setattr(self, name, getattr(other, name))
         self._extent = other.extent()

@@ -5,7 +5,8 @@
  * - stream_*: the streaming limit. Rewrites a table and writes a second one from it, and does nothing else:
  *   src &= ~a; dst = src & ~b. One function per SIMD level, each in three variants (enum stream_variant), because which
  *   one is fastest depends on the size and the machine. The level is chosen at run time; a function is only called
- *   where the CPU has its instructions (simd_supported).
+ *   where the CPU has its instructions (simd_supported). stream_clear_*: the same for write-protection, which writes one
+ *   table only: src &= ~a; of the variants, those that need no second table.
  * - plain_copy_*: fork's copy of private anonymous memory as straightforward C over a struct of arrays, one entry at a
  *   time and batched. No intrinsics, no prefetching: what one writes before tuning.
  * - kernel_copy_*: the same copy in the kernel's shape: a 64-byte record for each page, a folio found through its page,
@@ -85,6 +86,18 @@ static inline void stream_scalar(uint64_t *src, uint64_t *dst, size_t n, uint64_
     }
 }
 
+static inline void stream_clear_scalar(uint64_t *src, size_t n, uint64_t a, int variant)
+{
+    for (size_t i = 0; i < n; i++) {
+#if defined(__GNUC__) || defined(__clang__)
+        if (variant == STREAM_PREFETCH && i % 8 == 0)
+            __builtin_prefetch(src + i + STREAM_AHEAD, 1);
+#endif
+        src[i] &= ~a;
+    }
+    (void)variant;
+}
+
 #if PTEBATCH_X86
 /*
  * The AVX2 and the AVX-512 function differ in their width alone; a non-temporal store needs its address aligned to it.
@@ -122,13 +135,48 @@ static inline void stream_scalar(uint64_t *src, uint64_t *dst, size_t n, uint64_
         }                                                                                                              \
     }
 
+#define STREAM_CLEAR_FUNCTION(NAME, TARGET, WIDTH, VECTOR, SET1, LOAD, STORE, ANDNOT)                                  \
+    __attribute__((target(TARGET))) static void NAME(uint64_t *src, size_t n, uint64_t a, int variant)                 \
+    {                                                                                                                  \
+        const VECTOR va = SET1((long long)a);                                                                          \
+        size_t i = 0;                                                                                                  \
+        for (; i + 8 <= n; i += 8) {                                                                                   \
+            if (variant == STREAM_PREFETCH)                                                                            \
+                __builtin_prefetch(src + i + STREAM_AHEAD, 1);                                                         \
+            for (size_t k = i; k < i + 8; k += WIDTH)                                                                  \
+                STORE((void *)(src + k), ANDNOT(va, LOAD((void *)(src + k))));                                         \
+        }                                                                                                              \
+        for (; i < n; i++)                                                                                             \
+            src[i] &= ~a;                                                                                              \
+    }
+
 STREAM_FUNCTION(stream_avx2, "avx2", 4, __m256i, _mm256_set1_epi64x, _mm256_loadu_si256, _mm256_storeu_si256,
                 _mm256_stream_si256, _mm256_andnot_si256)
 STREAM_FUNCTION(stream_avx512, "avx512f", 8, __m512i, _mm512_set1_epi64, _mm512_loadu_si512, _mm512_storeu_si512,
                 _mm512_stream_si512, _mm512_andnot_si512)
+STREAM_CLEAR_FUNCTION(stream_clear_avx2, "avx2", 4, __m256i, _mm256_set1_epi64x, _mm256_loadu_si256,
+                      _mm256_storeu_si256, _mm256_andnot_si256)
+STREAM_CLEAR_FUNCTION(stream_clear_avx512, "avx512f", 8, __m512i, _mm512_set1_epi64, _mm512_loadu_si512,
+                      _mm512_storeu_si512, _mm512_andnot_si512)
 #endif
 
-/* The caller has asked simd_supported(). */
+/* For this and stream(), the caller has asked simd_supported(). */
+static inline void stream_clear(uint64_t *src, size_t n, uint64_t a, int level, int variant)
+{
+#if PTEBATCH_X86
+    if (level == SIMD_AVX512) {
+        stream_clear_avx512(src, n, a, variant);
+        return;
+    }
+    if (level == SIMD_AVX2) {
+        stream_clear_avx2(src, n, a, variant);
+        return;
+    }
+#endif
+    (void)level;
+    stream_clear_scalar(src, n, a, variant);
+}
+
 static inline void stream(uint64_t *src, uint64_t *dst, size_t n, uint64_t a, uint64_t b, int level, int variant)
 {
 #if PTEBATCH_X86

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from ptebatch import arch
+from ptebatch import arch, memory
 from ptebatch import folio as f
 from ptebatch.arch import PteLayout
 from ptebatch.errors import ArgumentError, StateError
@@ -84,6 +84,14 @@ def vm_page_prot(layout: PteLayout, vma: Vma) -> int:
     return arch.vm_get_page_prot(layout, vma.vm_flags) if vma.vm_page_prot is None else vma.vm_page_prot
 
 
+def none_tables(layout: PteLayout, n: int) -> U64:
+    """Make `n` page tables, all slots none: uint64[n, ptrs_per_pte], in huge pages if they are many."""
+    tables = memory.zeros(n, layout.ptrs_per_pte)
+    if layout.none_value:  # elsewhere they stay fresh, touched only when written
+        tables.fill(layout.none_value)
+    return tables
+
+
 class Mm:
     """An address space: VMAs and the pool of page tables that map them.
 
@@ -138,7 +146,7 @@ class Mm:
         self.folios = folios
         self.vmas = list(vmas)
         self.vpns = np.zeros(0, dtype=np.int64) if vpns is None else vpns
-        self.entries = self._none_tables(len(self.vpns)) if entries is None else entries
+        self.entries = none_tables(layout, len(self.vpns)) if entries is None else entries
         self.pmd_vpns = np.zeros(0, dtype=np.int64) if pmd_vpns is None else pmd_vpns
         self.pmd_entries = np.zeros(0, dtype=np.uint64) if pmd_entries is None else pmd_entries
         self.rss = np.zeros(NR_MM_COUNTERS, dtype=np.int64) if rss is None else rss
@@ -147,12 +155,6 @@ class Mm:
         self.name = name
         self.huge_zero = huge_zero
         self.hugetlb_usage = hugetlb_usage
-
-    def _none_tables(self, n: int) -> U64:
-        shape = (n, self.layout.ptrs_per_pte)
-        if self.layout.none_value == 0:
-            return np.zeros(shape, dtype=np.uint64)  # fresh zero pages, touched only when written
-        return np.full(shape, self.layout.none_value, dtype=np.uint64)
 
     @classmethod
     def for_vmas(cls, layout: PteLayout, folios: FolioTable, vmas: Sequence[Vma], **kwargs: object) -> Mm:
@@ -200,7 +202,7 @@ class Mm:
         new = np.setdiff1d(wanted, self.vpns)
         if len(new):
             vpns = np.concatenate([self.vpns, new])
-            entries = np.concatenate([self.entries, self._none_tables(len(new))])
+            entries = np.concatenate([self.entries, none_tables(self.layout, len(new))])
             order = np.argsort(vpns)
             self.vpns, self.entries = vpns[order], np.ascontiguousarray(entries[order])
 
@@ -517,7 +519,7 @@ def copy_state(mm: Mm) -> Mm:
         mm.folios.copy(),
         vmas=[Vma(**{name: getattr(vma, name) for name in Vma.__slots__}) for vma in mm.vmas],
         vpns=mm.vpns.copy(),
-        entries=mm.entries.copy(),
+        entries=memory.copy(mm.entries),
         pmd_vpns=mm.pmd_vpns.copy(),
         pmd_entries=mm.pmd_entries.copy(),
         rss=mm.rss.copy(),

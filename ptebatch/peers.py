@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ptebatch import _measure, arch
+from ptebatch import _measure, arch, memory
 from ptebatch.arch import PteLayout
 from ptebatch.errors import ArgumentError, StateError
 from ptebatch.mm import Mm, pte_pfns
@@ -74,7 +74,7 @@ class Flat:
 
     def copy(self) -> Flat:
         """Return a copy with entries and counts of its own."""
-        own = {name: getattr(self, name).copy() for name in _STATE}
+        own = {name: memory.copy(getattr(self, name)) for name in _STATE}
         return Flat(**{**{name: getattr(self, name) for name in self.__dataclass_fields__}, **own})
 
     def assign(self, other: Flat) -> None:

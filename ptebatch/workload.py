@@ -22,8 +22,8 @@ import numpy.typing as npt
 from ptebatch import arch
 from ptebatch.arch import X86_64, PteLayout
 from ptebatch.errors import ArgumentError
-from ptebatch.folio import FolioTable
-from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, Mm, Vma
+from ptebatch.folio import SECTION_PAGES, FolioTable
+from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, Mm, Vma, none_tables
 
 __all__ = ["ALIGNMENTS", "GRANULARITIES", "PFN_ORDERS", "VMA_KINDS", "Workload", "format_size", "make", "parse"]
 
@@ -42,6 +42,8 @@ MAX_SIZE = 1 << 40
 MAX_FOLIO = 1 << 30
 FIRST_VPN = 0x550000000
 """Virtual page where the first VMA starts (before `align=shifted`): a multiple of every folio size."""
+PIECE = 1 << 20
+"""Pages that are written at a time."""
 FIRST_PFN = 1 << 18
 """Lowest PFN handed out: a multiple of every folio size; lower ones stay free for pages that fork allocates."""
 
@@ -202,7 +204,26 @@ class Workload:
         ArgumentError
             A folio size that does not fit into a VMA's share of `size`.
         """
-        return _Builder(self, layout, progress).build()
+        builder = (_PlainBuilder if _PlainBuilder.knows(self, layout) else _Builder)(self, layout, progress)
+        return builder.build()
+
+    def restore(self, mm: Mm) -> bool:
+        """Bring what `build` made back to what it was before a fork: in place, without a copy of it.
+
+        Parameters
+        ----------
+        mm : Mm
+            Of this workload; nothing but forks of it has changed it or its memmap since.
+
+        Returns
+        -------
+        bool
+            False: this workload is not plain memory, and nothing was done.
+        """
+        if not _PlainBuilder.knows(self, mm.layout):
+            return False
+        _PlainBuilder(self, mm.layout, None).restore(mm)
+        return True
 
     def _raw(self, stream: str, n: int, index: int = 0) -> U64:
         """Return `n` raw 64-bit numbers of one stream."""
@@ -610,7 +631,7 @@ class _Builder:
         start = FIRST_VPN + shift + np.cumsum(stride) - stride
         first, last = start // ptrs, (start + vma_pages - 1) // ptrs
         vpns = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)])) * ptrs
-        entries = np.full((len(vpns), ptrs), self.layout.none_value, dtype=np.uint64)
+        entries = none_tables(self.layout, len(vpns))
         flat = entries.reshape(-1)
         rows = np.searchsorted(vpns, first * ptrs)
         vmas = []
@@ -631,3 +652,55 @@ class _Builder:
                 )
             )
         return vmas, vpns, entries
+
+
+class _PlainBuilder(_Builder):
+    """The same for folios of one size in private anonymous memory that has everything: folio by folio, hence in little
+    memory besides that of the result, and fast.
+    """
+
+    @staticmethod
+    def knows(w: Workload, layout: PteLayout) -> bool:
+        changed = {field.name for field in fields(w) if getattr(w, field.name) != field.default}
+        whole = len(w.folio) == 1 and w.size % max(w.folio[0], SECTION_PAGES * PAGE) == 0
+        return layout == X86_64 and whole and changed <= {"size", "folio", "seed", "pfns", "granularity"}
+
+    def build(self) -> Mm:
+        w, layout = self.w, self.layout
+        self.order = w.folio[0].bit_length() - PAGE.bit_length()
+        self.nr_pages = w.size // PAGE
+        nr = self.nr_pages >> self.order
+        folios = FolioTable()
+        mm_id = folios.new_mm_id()
+        folios.fill_mapped(FIRST_PFN, nr, self.order, mm_id=mm_id)
+        self.step()
+        start, flags = FIRST_VPN * PAGE, self.vm_flags("anon")
+        vma = Vma(start=start, end=start + w.size, vm_flags=flags)
+        mm = Mm.for_vmas(layout, folios, [vma], mm_id=mm_id, name=str(w))
+        mm.rss[MM_ANONPAGES] = self.nr_pages
+        self.step()
+        heads = self.physical("pfns", nr, self.order)
+        heads <<= self.order
+        heads += FIRST_PFN
+        self.step()
+        within = np.arange(1 << self.order, dtype=np.uint64) << np.uint64(layout.pfn_shift)
+        within += np.uint64(self.value())
+        pages = mm.entries.reshape(-1)[: self.nr_pages].reshape(nr, -1)
+        piece = max(1, PIECE >> self.order)
+        for at in range(0, nr, piece):
+            np.add(heads[at : at + piece, None].view(np.uint64) << np.uint64(layout.pfn_shift), within,
+                   out=pages[at : at + piece])
+        for _ in range(self.STEPS - 3):
+            self.step()
+        return mm
+
+    def value(self) -> int:
+        """Return the entry of PFN 0: writable, dirty, young, soft-dirty."""
+        return self.entry(0b11110, self.vm_flags("anon"))
+
+    def restore(self, mm: Mm) -> None:
+        order, nr_pages = self.w.folio[0].bit_length() - PAGE.bit_length(), self.w.size // PAGE
+        mm.folios.fill_mapped(FIRST_PFN, nr_pages >> order, order, mm_id=mm.mm_id)
+        pages = mm.entries.reshape(-1)[:nr_pages]
+        pages &= np.uint64(self.layout.pfn_mask)
+        pages |= np.uint64(self.value())

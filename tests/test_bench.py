@@ -368,6 +368,20 @@ def test_streaming_is_exact_at_any_length_and_alignment(level, variant):
             assert (np.delete(dst, slice(dst_at, dst_at + n)) == 99).all()
 
 
+@pytest.mark.parametrize("variant", ["plain", "prefetch"])
+@pytest.mark.parametrize("level", _measure.supported())
+def test_streaming_over_one_table_is_exact_at_any_length_and_alignment(level, variant):
+    values = np.random.default_rng(2).integers(0, 1 << 64, 200, dtype=np.uint64)
+    for n in (0, 1, 7, 8, 9, 33, 150):
+        for at in (0, 1, 3):
+            src = values.copy()
+            _measure.py_stream_clear(src[at : at + n], 0xFF, level, variant)
+            assert (src[at : at + n] == values[at : at + n] & ~np.uint64(0xFF)).all()
+            assert (np.delete(src, slice(at, at + n)) == np.delete(values, slice(at, at + n))).all()
+    with pytest.raises(ValueError, match="non-temporal"):
+        _measure.py_stream_clear(values, 0, level, "non-temporal")
+
+
 def test_streaming_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="length"):
         _measure.py_stream(np.zeros(2, np.uint64), np.zeros(1, np.uint64), 0, 0, "scalar", "plain")

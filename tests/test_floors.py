@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ptebatch"
 
 # From the ground up; modules of one floor do not import each other.
 FLOORS = [
-    {"errors", "_core"},
+    {"errors", "memory", "_core"},
     {"arch", "semantics"},
     {"swap"},
     {"folio"},

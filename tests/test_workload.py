@@ -7,9 +7,10 @@ import pytest
 
 from ptebatch import arch, workload
 from ptebatch.errors import ArgumentError
+from ptebatch.folio import FolioTable
 from ptebatch.fork import fork
 from ptebatch.mm import MM_ANONPAGES, MM_SWAPENTS, account, copy_state
-from ptebatch.semantics import V6_18
+from ptebatch.semantics import V6_8, V6_18
 
 L = arch.X86_64
 
@@ -89,3 +90,67 @@ def test_a_seed_means_what_it_meant_without_the_new_shares():
     same = (more.entries & np.uint64(L.present_mask)) != 0
     bits = np.uint64(~L.pfn_mask & arch.U64_MAX)
     assert ((plain.entries & bits)[same] == (more.entries & bits)[same]).all()
+
+
+# --- plain memory is built folio by folio -----------------------------------------------------------------------------
+PLAIN = ("size=4MiB", "size=1MiB,folio=64KiB,seed=3", "size=6MiB,folio=2MiB", "size=256KiB,folio=16KiB",
+         "size=32MiB,folio=16MiB,pfns=sequential", "size=5MiB,folio=128KiB,granularity=page")  # fmt: skip
+MEMMAP = ("_words", "_aux", "_top", "_sub", "_section_of", "_nr_sections", "_near_limit", "_next_mm_id", "_free_hint")
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_plain_memory_is_what_the_general_way_builds(text, monkeypatch):
+    steps: list[tuple[int, int]] = []
+    mm = workload.parse(text).build(lambda *step: steps.append(step))
+    assert steps == [(n, 6) for n in range(1, 7)]
+    assert workload._PlainBuilder.knows(workload.parse(text), L)
+    monkeypatch.setattr(workload._PlainBuilder, "knows", lambda w, layout: False)
+    other = workload.parse(text).build()
+    assert (mm.entries == other.entries).all() and (mm.vpns == other.vpns).all() and (mm.rss == other.rss).all()
+    assert (mm.vmas, mm.name, mm.mm_id, mm.has_pinned) == (other.vmas, other.name, other.mm_id, other.has_pinned)
+    assert all(np.array_equal(getattr(mm.folios, name), getattr(other.folios, name)) for name in MEMMAP)
+    assert mm.folios.extent() == other.folios.extent()
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_plain_memory_can_be_restored_without_a_copy(text):
+    w = workload.parse(text)
+    mm, before = w.build(), w.build()
+    for kernel in (V6_18, V6_8):
+        fork(mm, semantics=kernel)
+        assert (mm.entries != before.entries).any() and mm.folios != before.folios
+        assert w.restore(mm)
+        assert (mm.entries == before.entries).all()
+        assert mm.folios == before.folios
+
+
+@pytest.mark.parametrize(
+    "text", ["size=4MiB,clean=0.5", "size=4MiB,vmas=2", "size=4KiB", "size=1MiB,folio=4KiB+64KiB", "size=1MiB,vma=file",
+             "size=3MiB,folio=2MiB", "size=1MiB,soft_dirty=0"]
+)  # fmt: skip
+def test_what_is_not_plain_memory_is_not_restored(text):
+    w = workload.parse(text)
+    mm = w.build()
+    fork(mm, semantics=V6_18)
+    entries = mm.entries.copy()
+    assert not w.restore(mm)
+    assert (mm.entries == entries).all()
+
+
+def test_folios_filled_in_replace_what_was_there_and_fit_whole_sections():
+    folios, other = FolioTable(), FolioTable()
+    for table in (folios, other):
+        table.add(0x1000, 2, refcount=3)
+        table.add_folios(np.arange(0x2000, 0x2040, 8), 3)  # a section that lies between others
+    folios.fill_mapped(0x1F80, 16, 4, mm_id=5)
+    other.add_folios(np.arange(0x1F80, 0x2000, 16), 4)
+    other.remove_folios(np.arange(0x2000, 0x2040, 8))
+    other.add_folios(np.arange(0x2000, 0x2080, 16), 4)
+    other.map_ptes(np.arange(0x1F80, 0x2080), mm_id=5, anon_exclusive=True)
+    assert folios == other
+    assert folios.extent()[:2] == (0x1F80, 256)
+    for first, nr, order in ((0x1F81, 64, 0), (0x2000, 63, 0), (0x2040, 1, 7), (-64, 64, 0), (1 << 40, 64, 0)):
+        with pytest.raises(ArgumentError, match="whole sections"):
+            folios.fill_mapped(first, nr, order, mm_id=5)
+    folios.fill_mapped(0, 0, 0, mm_id=1)
+    assert folios == other

@@ -598,7 +598,7 @@ def test_interrupted_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_ctrl_c():
-    args = [sys.executable, "-m", "ptebatch", "fork", "--impl", "reference", "--workload", "size=2GiB"]
+    args = [sys.executable, "-m", "ptebatch", "fork", "--impl", "reference", "--workload", "size=2GiB,clean=0.5"]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:  # until it holds the address space, so that it is past its imports

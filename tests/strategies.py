@@ -6,7 +6,10 @@ reference. VMAs are short and sit around the end of a page table; folios are map
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TypeVar
 
 import numpy as np
 from hypothesis import strategies as st
@@ -97,58 +100,73 @@ class Case:
 
 BASE = L.valid | L.user
 BITS = (L.write, L.young, L.dirty, L.saved_dirty, L.soft_dirty, L.uffd_wp, L.nx, 1 << 59, 1 << 3, 1 << 57)
-COMMON_BITS = st.sampled_from(
-    (
-        L.write | L.young | L.dirty,
-        L.write | L.young | L.dirty | L.soft_dirty,
-        L.young | L.saved_dirty,
-        L.young,
-        0,
-        L.write,
-        L.young | L.uffd_wp,
-        L.dirty,  # read-only with D: not canonical, but copied all the same
-    )
+COMMON_BITS = (
+    L.write | L.young | L.dirty,
+    L.write | L.young | L.dirty | L.soft_dirty,
+    L.young | L.saved_dirty,
+    L.young,
+    0,
+    L.write,
+    L.young | L.uffd_wp,
+    L.dirty,  # read-only with D: not canonical, but copied all the same
 )
 PRIVATE = arch.VM_READ | arch.VM_WRITE | arch.VM_MAYREAD | arch.VM_MAYWRITE
 SHARED = PRIVATE | arch.VM_SHARED | arch.VM_MAYSHARE
-VM_FLAGS = st.sampled_from(
-    (
-        PRIVATE,
-        PRIVATE,
-        PRIVATE,
-        PRIVATE & ~arch.VM_WRITE,
-        arch.VM_READ | arch.VM_MAYREAD,
-        arch.VM_READ | arch.VM_WRITE | arch.VM_MAYREAD,
-        SHARED,
-        SHARED & ~arch.VM_WRITE,
-        PRIVATE | arch.VM_SHADOW_STACK,
-        PRIVATE | arch.VM_PFNMAP,
-        SHARED | arch.VM_MIXEDMAP,
-        arch.VM_MAYREAD | arch.VM_MAYWRITE,  # PROT_NONE
-    )
+VM_FLAGS = (
+    PRIVATE,
+    PRIVATE,
+    PRIVATE,
+    PRIVATE & ~arch.VM_WRITE,
+    arch.VM_READ | arch.VM_MAYREAD,
+    arch.VM_READ | arch.VM_WRITE | arch.VM_MAYREAD,
+    SHARED,
+    SHARED & ~arch.VM_WRITE,
+    PRIVATE | arch.VM_SHADOW_STACK,
+    PRIVATE | arch.VM_PFNMAP,
+    SHARED | arch.VM_MIXEDMAP,
+    arch.VM_MAYREAD | arch.VM_MAYWRITE,  # PROT_NONE
 )
-EXTRA_VM_FLAGS = st.sampled_from(
-    (0, 0, 0, arch.VM_UFFD_WP, arch.VM_SOFTDIRTY, arch.VM_DONTCOPY, arch.VM_WIPEONFORK, arch.VM_LOCKED, 0x800)
-)
+EXTRA_VM_FLAGS = (
+    0, 0, 0, arch.VM_UFFD_WP, arch.VM_SOFTDIRTY, arch.VM_DONTCOPY, arch.VM_WIPEONFORK, arch.VM_LOCKED, 0x800,
+)  # fmt: skip
+
+# A case is some 150 choices, and making a strategy for a choice takes ten times as long as drawing from it: choices are
+# drawn from strategies made once, by functions that take `draw`.
+_integers = cache(st.integers)
+Chosen = TypeVar("Chosen")
 
 
-@st.composite
-def folio_specs(draw: st.DrawFn) -> FolioSpec:
-    order = draw(st.integers(0, MAX_ORDER))
+def pick(draw: st.DrawFn, choices: Sequence[Chosen]) -> Chosen:
+    return choices[draw(_integers(0, len(choices) - 1))]
+
+
+def flag(draw: st.DrawFn, one_in: int = 2) -> bool:
+    return draw(_integers(0, one_in - 1)) == one_in - 1
+
+
+def up_to(draw: st.DrawFn, most: int, least: int = 0) -> int:
+    return draw(_integers(least, most))
+
+
+def draw_mask(draw: st.DrawFn, whole: int) -> int:
+    return pick(draw, (whole, whole, 0)) if flag(draw) else up_to(draw, whole)
+
+
+def draw_folio(draw: st.DrawFn) -> FolioSpec:
+    order = up_to(draw, MAX_ORDER)
     whole = (1 << (1 << order)) - 1
-    anon = draw(st.booleans()) or draw(st.booleans())
-    mask = st.sampled_from((whole, whole, 0)) | st.integers(0, whole)
+    anon = not flag(draw, 4)
     return FolioSpec(
         order=order,
         anon=anon,
-        swapbacked=anon or draw(st.booleans()),
-        exclusive=draw(mask) if anon else 0,
-        poisoned=draw(st.sampled_from((0, 0, 0, whole)) | st.just(1)) if draw(st.integers(0, 9)) == 0 else 0,
-        pinned=draw(st.integers(0, 3)) == 0,
-        extra_refs=draw(st.sampled_from((0, 0, 1, 5, 1022, 1023, 1024))),
-        device=anon and draw(st.integers(0, 5)) == 0,
-        dirty=draw(st.booleans()),
-        locked=draw(st.integers(0, 19)) == 0,
+        swapbacked=anon or flag(draw),
+        exclusive=draw_mask(draw, whole) if anon else 0,
+        poisoned=pick(draw, (0, 0, 0, 1, 1, 1, 1, whole)) if flag(draw, 10) else 0,
+        pinned=flag(draw, 4),
+        extra_refs=pick(draw, (0, 0, 1, 5, 1022, 1023, 1024)),
+        device=anon and flag(draw, 6),
+        dirty=flag(draw),
+        locked=flag(draw, 20),
     )
 
 
@@ -156,104 +174,100 @@ SWP_BITS = (L.swp_exclusive, L.swp_soft_dirty, L.swp_uffd_wp)
 FIRST_SPECIAL_TYPE = 23  # with every configuration; what the types from here on mean depends on it
 
 
-@st.composite
-def swap_runs(draw: st.DrawFn, folios: tuple[FolioSpec, ...], room: int) -> Run:
+def draw_swap_run(draw: st.DrawFn, folios: tuple[FolioSpec, ...], room: int) -> Run:
     """Swap-type entries of every type: swap slots, markers, or PFNs of some folio's pages."""
-    bits = sum(draw(st.sets(st.sampled_from(SWP_BITS))))
-    kind = draw(st.sampled_from(("swap", "swap", "marker", "page", "page", "device")))
+    which_bits = up_to(draw, (1 << len(SWP_BITS)) - 1)
+    bits = sum(bit for at, bit in enumerate(SWP_BITS) if which_bits >> at & 1)
+    kind = pick(draw, ("swap", "swap", "marker", "page", "page", "device"))
     if kind == "swap":
-        return Run(-1, draw(st.integers(0, 6)), draw(st.integers(1, min(room, 5))), bits, swap_type=0)
+        return Run(-1, up_to(draw, 6), up_to(draw, min(room, 5), 1), bits, swap_type=0)
     if kind == "marker":
-        return Run(-1, draw(st.integers(0, 7)), 1, bits, swap_type=arch.SWP_PTE_MARKER)
+        return Run(-1, up_to(draw, 7), 1, bits, swap_type=arch.SWP_PTE_MARKER)
     devices = [at for at, spec in enumerate(folios) if spec.device]
     if kind == "device" and devices:
-        which, swap_type = draw(st.sampled_from(devices)), draw(st.integers(27, 29))
+        which, swap_type = pick(draw, devices), up_to(draw, 29, 27)
     else:
-        which = draw(st.integers(0, len(folios) - 1))
-        swap_type = draw(st.sampled_from((*range(FIRST_SPECIAL_TYPE, 27), 30)))
+        which = up_to(draw, len(folios) - 1)
+        swap_type = pick(draw, (*range(FIRST_SPECIAL_TYPE, 27), 30))
     pages = 1 << folios[which].order
-    first = draw(st.integers(0, pages - 1))
-    high = draw(st.sampled_from((0, 0, 1, 2, 3))) << L.swp_pfn_bits if kind == "page" else 0  # young, dirty
-    return Run(which, first, draw(st.integers(1, min(pages - first, room))), bits | high << 8, swap_type=swap_type)
+    first = up_to(draw, pages - 1)
+    high = pick(draw, (0, 0, 1, 2, 3)) << L.swp_pfn_bits if kind == "page" else 0  # young, dirty
+    return Run(which, first, up_to(draw, min(pages - first, room), 1), bits | high << 8, swap_type=swap_type)
 
 
-@st.composite
-def runs(draw: st.DrawFn, folios: tuple[FolioSpec, ...], room: int) -> Run:
-    kind = draw(st.integers(0, 15))
+def draw_run(draw: st.DrawFn, folios: tuple[FolioSpec, ...], room: int) -> Run:
+    kind = up_to(draw, 15)
     if kind >= 13:
-        return draw(swap_runs(folios, room))
+        return draw_swap_run(draw, folios, room)
     if kind == 0:
-        return Run(-1, 0, draw(st.integers(1, min(room, 8))), 0)
+        return Run(-1, 0, up_to(draw, min(room, 8), 1), 0)
     if kind == 1:
-        return Run(-2, draw(st.integers(0, 63)), draw(st.integers(1, min(room, 3))), draw(COMMON_BITS))
-    which = draw(st.integers(0, len(folios) - 1))
+        return Run(-2, up_to(draw, 63), up_to(draw, min(room, 3), 1), pick(draw, COMMON_BITS))
+    which = up_to(draw, len(folios) - 1)
     pages = 1 << folios[which].order
-    first = draw(st.just(0) | st.integers(0, pages - 1))
+    first = up_to(draw, pages - 1) if flag(draw) else 0
     most = min(pages - first, room)
-    nr = draw(st.just(most) | st.integers(1, most))
-    toggles = draw(
-        st.just(()) | st.lists(st.tuples(st.integers(0, nr - 1), st.sampled_from(BITS)), max_size=4).map(tuple)
-    )
-    return Run(which, first, nr, draw(COMMON_BITS), toggles, draw(st.integers(0, 7)) == 0)
+    nr = up_to(draw, most, 1) if flag(draw) else most
+    toggles = tuple((up_to(draw, nr - 1), pick(draw, BITS)) for _ in range(max(0, up_to(draw, 8) - 4)))
+    return Run(which, first, nr, pick(draw, COMMON_BITS), toggles, flag(draw, 8))
 
 
-@st.composite
-def leaf_specs(draw: st.DrawFn) -> Leaf:
+def draw_leaf(draw: st.DrawFn) -> Leaf:
     kinds = ("thp", "thp", "thp", "hugetlb", "hugetlb", "swap-type", "huge zero", "special", "file")
-    kind = draw(st.sampled_from(kinds))
-    flags = draw(st.sampled_from((PRIVATE, PRIVATE, PRIVATE & ~arch.VM_WRITE, SHARED)))
+    kind = pick(draw, kinds)
+    flags = pick(draw, (PRIVATE, PRIVATE, PRIVATE & ~arch.VM_WRITE, SHARED))
     return Leaf(
         kind,
-        flags | draw(st.sampled_from((0, 0, arch.VM_UFFD_WP, arch.VM_SOFTDIRTY))),
-        draw(COMMON_BITS),
-        draw(st.booleans()),
-        draw(st.booleans()),
-        draw(st.booleans()),
-        draw(st.integers(FIRST_SPECIAL_TYPE, arch.SWP_PTE_MARKER)),
+        flags | pick(draw, (0, 0, arch.VM_UFFD_WP, arch.VM_SOFTDIRTY)),
+        pick(draw, COMMON_BITS),
+        flag(draw),
+        flag(draw),
+        flag(draw),
+        up_to(draw, arch.SWP_PTE_MARKER, FIRST_SPECIAL_TYPE),
     )
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    folios = tuple(draw(st.lists(folio_specs(), min_size=1, max_size=4)))
+    folios = tuple(draw_folio(draw) for _ in range(up_to(draw, 4, 1)))
     vmas: list[VmaSpec] = []
-    start = TABLE_END - draw(st.integers(0, 40))
-    for _ in range(draw(st.integers(1, 3))):
-        start += draw(st.sampled_from((0, 0, 1, 5)))
-        nr = draw(st.integers(1, 48))
+    start = TABLE_END - up_to(draw, 40)
+    for _ in range(up_to(draw, 3, 1)):
+        start += pick(draw, (0, 0, 1, 5))
+        nr = up_to(draw, 48, 1)
         own: list[Run] = []
         used = 0
-        while used < nr and draw(st.integers(0, 15)):
-            own.append(draw(runs(folios, nr - used)))
+        while used < nr and up_to(draw, 15):
+            own.append(draw_run(draw, folios, nr - used))
             used += own[-1].nr
         vmas.append(
             VmaSpec(
                 start,
                 nr,
-                draw(VM_FLAGS) | draw(EXTRA_VM_FLAGS),
-                draw(st.integers(0, 7)) != 0,
-                draw(st.booleans()),
+                pick(draw, VM_FLAGS) | pick(draw, EXTRA_VM_FLAGS),
+                not flag(draw, 8),
+                flag(draw),
                 tuple(own),
-                draw(st.sampled_from((None, None, None, "file", "shmem"))),
+                pick(draw, (None, None, None, "file", "shmem")),
             )
         )
         start += nr
-    counts = st.tuples(st.integers(0, 11), st.sampled_from((1, 1, 61, 62, 63, MAX_SWAP_COUNT)))
-    swap = draw(st.just(()) | st.lists(counts, max_size=4, unique_by=lambda slot: slot[0]).map(tuple))
-    leaf = draw(leaf_specs()) if draw(st.integers(0, 7)) == 7 else None
-    return Case(folios, tuple(vmas), draw(st.booleans()), swap, leaf)
+    swap_counts = (1, 1, 61, 62, 63, MAX_SWAP_COUNT)
+    swap = {up_to(draw, 11): pick(draw, swap_counts) for _ in range(max(0, up_to(draw, 8) - 4))}
+    leaf = draw_leaf(draw) if flag(draw, 8) else None
+    return Case(folios, tuple(vmas), flag(draw), tuple(swap.items()), leaf)
 
 
 @st.composite
 def kernels(draw: st.DrawFn) -> KernelSemantics:
-    semantics = PRESETS[draw(st.sampled_from(sorted(PRESETS)))]
+    semantics = PRESETS[pick(draw, sorted(PRESETS))]
     config = replace(
         semantics.config,
-        mem_soft_dirty=draw(st.booleans()),
-        x86_shstk=draw(st.integers(0, 3)) == 0,
-        no_page_mapcount=semantics.mm_id and draw(st.integers(0, 3)) == 0,
-        device_private=draw(st.booleans()) or draw(st.booleans()),
-        memory_failure=draw(st.booleans()),
+        mem_soft_dirty=flag(draw),
+        x86_shstk=flag(draw, 4),
+        no_page_mapcount=semantics.mm_id and flag(draw, 4),
+        device_private=not flag(draw, 4),
+        memory_failure=flag(draw),
     )
     return replace(semantics, config=config)
 

@@ -12,11 +12,13 @@ from strategies import PRIVATE, Case, FolioSpec, Run, VmaSpec, build, cases, ker
 
 from ptebatch.errors import PtebatchError
 from ptebatch.fork import ForkResult, fork
-from ptebatch.mm import Mm, digest
+from ptebatch.mm import Mm, copy_state, digest
 from ptebatch.protect import wrprotect_range
 from ptebatch.semantics import V6_8
 
 EXAMPLES = {"small": 300, "ci": 20_000}.get(os.environ.get("HYPOTHESIS_PROFILE", "default"), 2_000)
+PARTS = max(1, EXAMPLES // 1_000)  # so that processes can share the work
+BATCHING = st.sampled_from((None, False))
 
 
 def state(mm: Mm, semantics) -> tuple:
@@ -47,10 +49,9 @@ def assert_same(a: Mm, b: Mm, semantics) -> None:
     assert digest([a], a.folios, semantics) == digest([b], b.folios, semantics)
 
 
-@settings(max_examples=EXAMPLES)
-@given(cases(), kernels(), st.sampled_from((None, False)))
-def test_fork(case, semantics, batching):
-    core, ref = build(case), build(case)
+def check_fork(case: Case, semantics, batching) -> None:
+    core = build(case)
+    ref = copy_state(core)
     for _ in range(2):  # the second fork sees what the first one left
         one, two = attempt(core, "core", semantics, batching), attempt(ref, "reference", semantics, batching)
         assert_same(core, ref, semantics)
@@ -71,6 +72,13 @@ def test_fork(case, semantics, batching):
     assert_same(core, ref, semantics)
 
 
+@pytest.mark.parametrize("part", range(PARTS))
+@settings(max_examples=EXAMPLES // PARTS)
+@given(cases(), kernels(), BATCHING)
+def test_fork(part, case, semantics, batching):
+    check_fork(case, semantics, batching)
+
+
 def canonical(mm: Mm) -> np.ndarray:
     layout, entries = mm.layout, mm.entries
     odd = (entries & np.uint64(layout.write | layout.dirty)) == layout.dirty
@@ -78,11 +86,9 @@ def canonical(mm: Mm) -> np.ndarray:
     return np.where(odd, entries & ~np.uint64(layout.dirty) | np.uint64(layout.saved_dirty), entries)
 
 
-@settings(max_examples=max(100, EXAMPLES // 10))
-@given(cases(), kernels(), st.booleans(), st.integers(0, 60), st.integers(0, 60))
-def test_wrprotect_range(case, semantics, single, first, nr):
-    core, ref, other = build(case), build(case), build(case)
-    batching = False if single else None
+def check_wrprotect_range(case: Case, semantics, batching, first: int, nr: int) -> None:
+    core = build(case)
+    ref, other = copy_state(core), copy_state(core)
     start = core.vmas[0].start + (first << 12)
     end = start + (nr << 12)
     one = wrprotect_range(core, start, end, semantics=semantics, batching=batching, impl="core")
@@ -92,6 +98,12 @@ def test_wrprotect_range(case, semantics, single, first, nr):
     assert_same(core, ref, semantics)
     # Read-only entries with D, which are not canonical, are moved to SavedDirty only as part of a batch.
     assert np.array_equal(canonical(core), canonical(other)), "batching changes the result of write-protecting"
+
+
+@settings(max_examples=max(100, EXAMPLES // 10))
+@given(cases(), kernels(), BATCHING, st.integers(0, 60), st.integers(0, 60))
+def test_wrprotect_range(case, semantics, batching, first, nr):
+    check_wrprotect_range(case, semantics, batching, first, nr)
 
 
 @pytest.mark.parametrize("batching", [None, False])

@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-import test_differential
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PRIVATE, cases, kernels
+from test_differential import BATCHING, check_fork, check_wrprotect_range
+from test_differential import EXAMPLES as DIFFERENTIAL
 
 from ptebatch import _core, batch
 from ptebatch.arch import X86_64 as L
@@ -22,7 +23,7 @@ from ptebatch.mm import Mm, Vma, account, copy_state, digest
 from ptebatch.semantics import LATEST, V6_9, V6_12
 from ptebatch.workload import Workload
 
-EXAMPLES = max(60, test_differential.EXAMPLES // 20)
+EXAMPLES = max(60, DIFFERENTIAL // 20)
 
 
 @pytest.fixture(params=_core.SIMD_SUPPORTED)
@@ -32,15 +33,15 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 @settings(max_examples=EXAMPLES)
-@given(cases(), kernels(), st.sampled_from((None, False)))
+@given(cases(), kernels(), BATCHING)
 def test_fork(level, case, semantics, batching):
-    test_differential.test_fork.hypothesis.inner_test(case, semantics, batching)
+    check_fork(case, semantics, batching)
 
 
 @settings(max_examples=EXAMPLES)
-@given(cases(), kernels(), st.booleans(), st.integers(0, 60), st.integers(0, 60))
-def test_wrprotect_range(level, case, semantics, single, first, nr):
-    test_differential.test_wrprotect_range.hypothesis.inner_test(case, semantics, single, first, nr)
+@given(cases(), kernels(), BATCHING, st.integers(0, 60), st.integers(0, 60))
+def test_wrprotect_range(level, case, semantics, batching, first, nr):
+    check_wrprotect_range(case, semantics, batching, first, nr)
 
 
 WORKLOADS = {

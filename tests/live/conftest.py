@@ -20,10 +20,12 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.live)
+            item.add_marker(pytest.mark.xdist_group("machine"))  # they change its settings: one after the other
 
 
 def _missing(reason: str) -> None:

@@ -71,9 +71,6 @@ cdef extern from "_lane.h" nogil:
 # Constants and structs
 # ---------------------------------------------------------------------------------------------------------------------
 
-cdef enum:
-    KIND_X86_ = 1
-
 # Swap-type entries; ptebatch.arch.SWP_KINDS has the names and ptebatch.swap the numbers of the swap map.
 cdef enum:
     SWP_SWAP, SWP_HWPOISON, SWP_MIGRATION_READ, SWP_MIGRATION_READ_EXCLUSIVE, SWP_MIGRATION_WRITE, SWP_DEVICE_WRITE,
@@ -115,23 +112,47 @@ cdef enum:
     E_NOT_DEVICE = -1008    # a device-private entry of ordinary memory
     E_UNMAPPED = -1009      # more would be unmapped than is counted as mapped
 
+ctypedef struct pte_step:
+    # One change of an entry; ptebatch.arch.Step.
+    uint64_t clear
+    uint64_t set
+    uint64_t mask        # where v & mask == value before,
+    uint64_t value
+    uint64_t then_clear  # this also
+    uint64_t then_set
+
 ctypedef struct pte_layout:
-    uint64_t kind
     uint64_t pfn_shift
     uint64_t pfn_mask
+    uint64_t plain          # an entry without any of these bits stores its PFN inverted
     uint64_t none_value
     uint64_t none_ignore
-    uint64_t present_mask
+    uint64_t present_mask   # present: one of these
+    uint64_t present_need   # and all of these
     uint64_t valid
     uint64_t write
+    uint64_t writable       # write, and what else counts as it
     uint64_t young
-    uint64_t dirty
-    uint64_t saved_dirty
+    uint64_t dirty          # dirty: one of these,
+    uint64_t saved_dirty    # this,
+    uint64_t dirty_mask     # or v & dirty_mask == dirty_value
+    uint64_t dirty_value
     uint64_t soft_dirty
     uint64_t uffd_wp
     uint64_t special
-    uint64_t shstk
+    pte_step wrprotect
+    pte_step ptep_set_wrprotect
+    pte_step mkwrite
+    pte_step mkwrite_shstk
+    pte_step mkclean
+    pte_step mkdirty
+    pte_step mkold
+    pte_step mkyoung
+    pte_step mkuffd_wp
+    pte_step mk_pte
+    uint64_t set_ptes_clear
     uint64_t page_shift
+    uint64_t swp_base
     uint64_t swp_type_shift
     uint64_t swp_type_bits
     uint64_t swp_offset_shift
@@ -142,8 +163,10 @@ ctypedef struct pte_layout:
     uint64_t swp_soft_dirty
     uint64_t swp_uffd_wp
 
-LAYOUT_FIELDS = ("kind", "pfn_shift", "pfn_mask", "none_value", "none_ignore", "present_mask", "valid", "write",
-                 "young", "dirty", "saved_dirty", "soft_dirty", "uffd_wp", "special", "shstk", "page_shift",
+LAYOUT_FIELDS = ("pfn_shift", "pfn_mask", "plain", "none_value", "none_ignore", "present_mask", "present_need", "valid",
+                 "write", "writable", "young", "dirty", "saved_dirty", "dirty_mask", "dirty_value", "soft_dirty",
+                 "uffd_wp", "special", "wrprotect", "ptep_set_wrprotect", "mkwrite", "mkwrite_shstk", "mkclean",
+                 "mkdirty", "mkold", "mkyoung", "mkuffd_wp", "mk_pte", "set_ptes_clear", "page_shift", "swp_base",
                  "swp_type_shift", "swp_type_bits", "swp_offset_shift", "swp_offset_bits", "swp_offset_inverted",
                  "swp_pfn_bits", "swp_exclusive", "swp_soft_dirty", "swp_uffd_wp")
 
@@ -266,8 +289,7 @@ ctypedef struct swap_map:
     Py_ssize_t next        # where the slot after the last one looked up would be
 
 ctypedef struct batch_scan:
-    uint64_t clear       # bits the normaliser removes
-    uint64_t fold        # D and SavedDirty are one bit to the comparison
+    pte_step norm        # what the normaliser does
     Py_ssize_t folio_end  # entries from the first one to the end of its folio
     int clamp
     uint64_t any_write
@@ -306,12 +328,12 @@ cdef inline bint pte_none(const pte_layout *L, uint64_t v) noexcept nogil:
 
 
 cdef inline bint pte_present(const pte_layout *L, uint64_t v) noexcept nogil:
-    return (v & L.present_mask) != 0
+    return (v & L.present_mask) != 0 and not ~v & L.present_need
 
 
 cdef inline bint pfn_inverted(const pte_layout *L, uint64_t v) noexcept nogil:
     # x86 stores the PFN of an entry the hardware must not follow inverted (L1TF).
-    return v != 0 and not v & L.valid
+    return v != 0 and not v & L.plain
 
 
 cdef inline uint64_t pte_pfn(const pte_layout *L, uint64_t v) noexcept nogil:
@@ -330,15 +352,21 @@ cdef inline uint64_t pte_advance_pfn(const pte_layout *L, uint64_t v, uint64_t n
     return v + n * pfn_step(L, v)
 
 
+cdef inline uint64_t changed(const pte_step *step, uint64_t v) noexcept nogil:
+    cdef uint64_t hit = 0 - <uint64_t>((v & step.mask) == step.value)
+    v = (v & ~step.clear) | step.set
+    return (v & ~(step.then_clear & hit)) | (step.then_set & hit)
+
+
 cdef inline uint64_t mk_pte(const pte_layout *L, uint64_t pfn, uint64_t prot) noexcept nogil:
     cdef uint64_t field = (pfn << L.pfn_shift) & L.pfn_mask
     if pfn_inverted(L, prot):
         field ^= L.pfn_mask
-    return field | prot
+    return changed(&L.mk_pte, field | prot)
 
 
 cdef inline bint pte_write(const pte_layout *L, uint64_t v) noexcept nogil:
-    return (v & L.write) != 0 or (L.shstk != 0 and (v & L.dirty) != 0)
+    return (v & L.writable) != 0
 
 
 cdef inline bint pte_young(const pte_layout *L, uint64_t v) noexcept nogil:
@@ -346,39 +374,36 @@ cdef inline bint pte_young(const pte_layout *L, uint64_t v) noexcept nogil:
 
 
 cdef inline bint pte_dirty(const pte_layout *L, uint64_t v) noexcept nogil:
-    return (v & (L.dirty | L.saved_dirty)) != 0
-
-
-cdef inline uint64_t save_dirty(const pte_layout *L, uint64_t v) noexcept nogil:
-    # Read-only entries keep their dirty state in SavedDirty (v6.6+); without that bit D stays where it is.
-    cdef uint64_t d = v & L.dirty if L.saved_dirty else 0
-    return (v ^ d) | (L.saved_dirty & (0 - <uint64_t>(d != 0)))
+    return (v & (L.dirty | L.saved_dirty)) != 0 or (v & L.dirty_mask) == L.dirty_value
 
 
 cdef inline uint64_t pte_wrprotect(const pte_layout *L, uint64_t v) noexcept nogil:
-    return save_dirty(L, v & ~L.write)
+    return changed(&L.wrprotect, v)
 
 
 cdef inline uint64_t pte_mkwrite(const pte_layout *L, uint64_t v, bint shadow_stack) noexcept nogil:
-    if shadow_stack and L.saved_dirty:
-        return (v & ~L.write) | L.dirty
-    v |= L.write
-    if v & L.saved_dirty:
-        v = (v & ~L.saved_dirty) | L.dirty
-    return v
+    return changed(&L.mkwrite_shstk, v) if shadow_stack else changed(&L.mkwrite, v)
 
 
 cdef inline uint64_t pte_mkclean(const pte_layout *L, uint64_t v) noexcept nogil:
-    return v & ~(L.dirty | L.saved_dirty)
+    return changed(&L.mkclean, v)
 
 
 cdef inline uint64_t pte_mkdirty(const pte_layout *L, uint64_t v) noexcept nogil:
-    v |= L.dirty | L.soft_dirty
-    return v if v & L.write else save_dirty(L, v)
+    return changed(&L.mkdirty, v)
+
+
+cdef inline uint64_t pte_mkold(const pte_layout *L, uint64_t v) noexcept nogil:
+    return changed(&L.mkold, v)
 
 
 cdef inline uint64_t pte_mkuffd_wp(const pte_layout *L, uint64_t v) noexcept nogil:
-    return pte_wrprotect(L, v | L.uffd_wp)
+    return changed(&L.mkuffd_wp, v)
+
+
+cdef inline uint64_t as_set(const pte_layout *L, uint64_t v) noexcept nogil:
+    # What set_ptes() stores for a value.
+    return v & ~L.set_ptes_clear if pte_present(L, v) else v
 
 
 cdef inline uint64_t swp_type(const pte_layout *L, uint64_t v) noexcept nogil:
@@ -396,7 +421,7 @@ cdef inline uint64_t swp_pfn(const pte_layout *L, uint64_t v) noexcept nogil:
 
 cdef inline uint64_t swp_entry(const pte_layout *L, uint64_t type, uint64_t offset) noexcept nogil:
     offset ^= ((ONE << L.swp_offset_bits) - 1) & (0 - L.swp_offset_inverted)
-    return type << L.swp_type_shift | offset << L.swp_offset_shift
+    return L.swp_base | type << L.swp_type_shift | offset << L.swp_offset_shift
 
 
 cdef inline int swp_kind(uint64_t kinds, uint64_t kinds_high, uint64_t type) noexcept nogil:
@@ -404,22 +429,32 @@ cdef inline int swp_kind(uint64_t kinds, uint64_t kinds_high, uint64_t type) noe
     return (kinds_high if type >> 4 else kinds) >> ((type & 15) << 2) & 15
 
 
-cdef inline uint64_t normalised(const pte_layout *L, const batch_scan *B, uint64_t v) noexcept nogil:
-    # The comparison form of folio_pte_batch(): pte_mkold; pte_wrprotect, pte_mkclean, pte_clear_soft_dirty as asked.
-    v &= ~B.clear
-    return save_dirty(L, v) if B.fold else v
+cdef inline void also(pte_step *step, const pte_step *more) noexcept nogil:
+    """Let a step that has no condition yet be followed by another: one step that does both."""
+    cdef uint64_t known = step.clear | step.set  # bits whose state the condition of `more` will meet
+    step.mask = 0
+    step.value = 1
+    step.then_clear = step.then_set = 0
+    if more.then_clear | more.then_set and not (more.value ^ step.set) & known & more.mask:
+        step.mask = more.mask & ~known
+        step.value = more.value & ~known
+        step.then_clear = more.then_clear
+        step.then_set = more.then_set
+    step.clear |= more.clear
+    step.set = (step.set & ~more.clear) | more.set
 
 
 cdef inline void scan_rules(const pte_layout *L, batch_scan *B, bint respect_dirty, bint respect_soft_dirty,
                             bint respect_write) noexcept nogil:
-    B.clear = L.young
+    # The comparison form of folio_pte_batch(): pte_mkold; pte_mkclean, pte_clear_soft_dirty and pte_wrprotect as asked.
+    # Only the last of them has a condition, on bits that pte_mkold leaves alone.
+    B.norm = L.mkold
     if not respect_dirty:
-        B.clear |= L.dirty | L.saved_dirty
+        also(&B.norm, &L.mkclean)
     if not respect_soft_dirty:
-        B.clear |= L.soft_dirty
+        B.norm.clear |= L.soft_dirty
     if not respect_write:
-        B.clear |= L.write
-    B.fold = respect_dirty and not respect_write
+        also(&B.norm, &L.wrprotect)
     B.any_write = B.any_young = B.any_dirty = 0
     B.reads = 0
 
@@ -510,31 +545,31 @@ cdef inline Py_ssize_t folio_pte_batch(const uint64_t[:, ::1] table, Py_ssize_t 
                                        Py_ssize_t max_nr, const pte_layout *L, batch_scan *B) except -1 nogil:
     """Entries from idx that are present, map consecutive pages of one folio and agree in every compared bit."""
     cdef uint64_t step = pfn_step(L, pte)
-    cdef uint64_t expected = normalised(L, B, pte)
-    cdef uint64_t seen = 0, cur
+    cdef uint64_t expected = changed(&B.norm, pte)
+    cdef uint64_t seen = 0, cur, hw_dirty = 0
     cdef Py_ssize_t limit = max_nr if max_nr < B.folio_end else B.folio_end
     cdef Py_ssize_t nr = 1
-    # Only the fields a shadow-stack CPU reads as writable differ from plain bits; they are tested apart.
-    cdef bint shstk = L.shstk != 0
+    # Where dirty is more than one bit or another, each entry is looked at.
+    cdef bint hw = L.dirty_mask != 0
     while nr < limit:
         cur = table[row, idx + nr]
         expected += step
-        if normalised(L, B, cur) != expected:
+        if changed(&B.norm, cur) != expected:
             B.reads += 1
             break
         seen |= cur
-        if shstk and pte_write(L, cur):
-            B.any_write = 1
+        if hw:
+            hw_dirty |= (cur & L.dirty_mask) == L.dirty_value
         nr += 1
     else:
         # Before the clamp the scan learned of the folio's end only by reading the entry behind it.
         if not B.clamp and limit < max_nr:
             B.reads += 1
     B.reads += nr - 1
-    if seen & L.write:
+    if seen & L.writable:
         B.any_write = 1
     B.any_young = (seen & L.young) != 0
-    B.any_dirty = (seen & (L.dirty | L.saved_dirty)) != 0
+    B.any_dirty = (seen & (L.dirty | L.saved_dirty)) != 0 or hw_dirty != 0
     return nr
 
 
@@ -542,7 +577,7 @@ cdef inline Py_ssize_t wrprotect_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py
                                       const pte_layout *L) except -1 nogil:
     cdef Py_ssize_t k
     for k in range(idx, idx + nr):
-        table[row, k] = pte_wrprotect(L, table[row, k])
+        table[row, k] = changed(&L.ptep_set_wrprotect, table[row, k])
     return 0
 
 
@@ -550,6 +585,7 @@ cdef inline Py_ssize_t set_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize
                                 const pte_layout *L) except -1 nogil:
     cdef uint64_t step = pfn_step(L, pte)
     cdef Py_ssize_t k
+    pte = as_set(L, pte)
     for k in range(idx, idx + nr):
         table[row, k] = pte
         pte += step
@@ -667,7 +703,7 @@ cdef inline Py_ssize_t copy_present_page(uint64_t[:, ::1] dst, Py_ssize_t drow, 
         child = pte_mkwrite(L, child, R.dst_shadow_stack != 0)
     if R.dst_uffd_wp and pte & L.uffd_wp:
         child = pte_mkuffd_wp(L, child)
-    dst[drow, idx] = child
+    dst[drow, idx] = as_set(L, child)
     W.prealloc = NO_PFN
     W.rss[1] += 1
     W.stats[S_COPIED_PAGES] += 1
@@ -724,7 +760,7 @@ cdef inline Py_ssize_t copy_present_ptes(uint64_t[:, ::1] dst, Py_ssize_t drow, 
         W.stats[S_PTES_WRPROTECTED] += nr
     if R.shared:
         p = pte_mkclean(L, p)
-    p &= ~L.young
+    p = pte_mkold(L, p)
     if not R.dst_uffd_wp:
         p &= ~L.uffd_wp
     set_ptes(dst, drow, idx, p, nr, L)
@@ -784,7 +820,7 @@ cdef Py_ssize_t restore_exclusive_pte(uint64_t[:, ::1] src, Py_ssize_t srow, Py_
                                       Py_ssize_t page, Py_ssize_t head, const pte_layout *L, const copy_rules *R,
                                       const memmap *M) except -1 nogil:
     """The parent gets back a page that a device had for itself: 0 or E_OVERFLOW."""
-    cdef uint64_t w = M.words[page], pte_new = mk_pte(L, swp_pfn(L, pte), R.src_prot) & ~L.young
+    cdef uint64_t w = M.words[page], pte_new = pte_mkold(L, mk_pte(L, swp_pfn(L, pte), R.src_prot))
     cdef bint large = word_order(w) != 0
     cdef bint mm_id = large and R.mm_id and not w >> HUGETLB_BIT_ & 1
     if pte & L.swp_soft_dirty:
@@ -813,7 +849,7 @@ cdef Py_ssize_t restore_exclusive_pte(uint64_t[:, ::1] src, Py_ssize_t srow, Py_
             M.words[head + 1] += ONE << COUNTER_SHIFT_
             if mm_id:
                 folio_add_mm_mapping(M, head, R.src_mm_id, 1, word_counter(M.words[head + 1]))
-    src[srow, idx] = pte_new
+    src[srow, idx] = as_set(L, pte_new)
     return 0
 
 
@@ -1079,7 +1115,7 @@ cdef inline Py_ssize_t get_and_clear_full_ptes(uint64_t[:, ::1] table, Py_ssize_
     if dirty:
         pte = pte_mkdirty(L, pte)
     if young:
-        pte |= L.young
+        pte = changed(&L.mkyoung, pte)
     first[0] = pte
     return 0
 
@@ -1399,8 +1435,11 @@ cdef int lane_memmap(lane *F, const memmap *M, const uint64_t[::1] fast) except 
 
 cdef void lane_entries(lane *F, const pte_layout *L) noexcept nogil:
     """How entries are written. The level becomes LANE_OFF where they are not what the lane's shifts are made for."""
-    if (L.kind != KIND_X86_ or L.pfn_shift != X86_PFN_SHIFT or L.write != ONE << X86_WRITE_BIT
-            or L.saved_dirty and L.saved_dirty != L.dirty << X86_SAVED_DIRTY_SHIFT):
+    cdef const pte_step *w = &L.wrprotect
+    if (L.plain != L.valid or L.present_need or L.dirty_mask or L.set_ptes_clear
+            or L.pfn_shift != X86_PFN_SHIFT or L.write != ONE << X86_WRITE_BIT
+            or w.clear != L.write or w.set or L.mkold.clear != L.young or L.mkold.set or w.then_set != L.saved_dirty
+            or L.saved_dirty and (L.saved_dirty != L.dirty << X86_SAVED_DIRTY_SHIFT or w.mask != L.dirty)):
         F.level = LANE_OFF
     F.none_value = L.none_value
     F.none_ignore = L.none_ignore
@@ -1409,7 +1448,7 @@ cdef void lane_entries(lane *F, const pte_layout *L) noexcept nogil:
     F.special = L.special
     F.pfn_mask = L.pfn_mask
     F.write = L.write
-    F.writable = L.write | (L.dirty if L.shstk else 0)
+    F.writable = L.writable
     F.fold_dirty = L.dirty if L.saved_dirty else 0
     F.saved_dirty = L.saved_dirty
 
@@ -1419,9 +1458,9 @@ cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const ba
     """How to copy; the level becomes LANE_OFF where the lane does not know how."""
     # A read-only dirty entry counts as writable on a CPU with shadow stacks: harmless to the lane where all of them end
     # up write-protected, but elsewhere it would have to tell entry 0 from the others.
-    if R.src_shadow_stack or L.shstk and not R.cow or not R.dst_mm_id:
+    if R.src_shadow_stack or L.writable != L.write and not R.cow or not R.dst_mm_id:
         F.level = LANE_OFF
-    F.clear = B.clear
+    F.clear = B.norm.clear
     F.child_clear = L.young
     if R.shared:
         F.child_clear |= L.dirty | L.saved_dirty
@@ -1765,16 +1804,20 @@ def py_zap_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns not No
 
 HELPERS = ("pte_none", "pte_present", "pte_pfn", "pte_write", "pte_young", "pte_dirty", "pte_wrprotect", "pte_mkwrite",
            "pte_mkwrite_shstk", "pte_mkclean", "pte_mkdirty", "pte_mkold", "pte_mkuffd_wp", "pte_clear_uffd_wp",
-           "pte_advance_pfn", "mk_pte")
+           "pte_advance_pfn", "mk_pte", "ptep_set_wrprotect", "pte_mkyoung", "swp_type", "swp_offset", "swp_offset_pfn",
+           "swp_entry")
 
 
 def py_apply_helper(int helper, const uint64_t[::1] values not None, uint64_t arg, uint64_t[::1] out not None,
                     const uint64_t[::1] layout not None):
-    """One scalar helper over an array; `helper` indexes HELPERS. mk_pte takes PFNs as values and the prot as arg."""
+    """One scalar helper over an array; `helper` indexes HELPERS.
+
+    mk_pte takes PFNs as values and the prot as arg, swp_entry offsets and the type.
+    """
     cdef pte_layout L = read_layout(layout)
     cdef Py_ssize_t i
     cdef uint64_t v
-    if out.shape[0] != values.shape[0] or not 0 <= helper < 16:
+    if out.shape[0] != values.shape[0] or not 0 <= helper < 22:
         raise ValueError("shapes differ or no such helper")
     with nogil:
         for i in range(values.shape[0]):
@@ -1802,13 +1845,25 @@ def py_apply_helper(int helper, const uint64_t[::1] values not None, uint64_t ar
             elif helper == 10:
                 v = pte_mkdirty(&L, v)
             elif helper == 11:
-                v = v & ~L.young
+                v = pte_mkold(&L, v)
             elif helper == 12:
                 v = pte_mkuffd_wp(&L, v)
             elif helper == 13:
                 v = v & ~L.uffd_wp
             elif helper == 14:
                 v = pte_advance_pfn(&L, v, arg)
-            else:
+            elif helper == 15:
                 v = mk_pte(&L, v, arg)
+            elif helper == 16:
+                v = changed(&L.ptep_set_wrprotect, v)
+            elif helper == 17:
+                v = changed(&L.mkyoung, v)
+            elif helper == 18:
+                v = swp_type(&L, v)
+            elif helper == 19:
+                v = swp_offset(&L, v)
+            elif helper == 20:
+                v = swp_pfn(&L, v)
+            else:
+                v = swp_entry(&L, arg, v)
             out[i] = v

@@ -29,6 +29,8 @@ from ptebatch.mm import (
     Mm,
     Vma,
     ZapContext,
+    configured,
+    soft_dirty_tracked,
     swap_keys,
     swap_types,
     vm_page_prot,
@@ -75,17 +77,11 @@ HELPERS = {name: number for number, name in enumerate(_core.HELPERS)}
 
 @lru_cache(maxsize=64)
 def _layout_words(layout: PteLayout) -> U64:
-    return np.array([int(getattr(layout, name)) for name in _core.LAYOUT_FIELDS], dtype=np.uint64)
-
-
-@lru_cache(maxsize=64)
-def _configured(layout: PteLayout, semantics: KernelSemantics) -> PteLayout:
-    return layout.configured(semantics.config.mem_soft_dirty, semantics.config.x86_shstk)
-
-
-def soft_dirty_tracked(vma: Vma, semantics: KernelSemantics) -> bool:
-    """``vma_soft_dirty_enabled``: configured, and VM_SOFTDIRTY clear (its sense is inverted)."""
-    return semantics.config.mem_soft_dirty and not vma.vm_flags & arch.VM_SOFTDIRTY
+    words: list[int] = []
+    for name in _core.LAYOUT_FIELDS:
+        value = getattr(layout, name)
+        words += value if isinstance(value, arch.Step) else [int(value)]
+    return np.array(words, dtype=np.uint64)
 
 
 @lru_cache(maxsize=64)
@@ -114,7 +110,7 @@ def _rule_words(ctx: ForkContext) -> U64:
         "shared": bool(src & arch.VM_SHARED),
         "src_shadow_stack": bool(src & arch.VM_SHADOW_STACK),
         "respect_dirty": not src & arch.VM_SHARED,
-        "respect_soft_dirty": soft_dirty_tracked(ctx.src_vma, semantics),
+        "respect_soft_dirty": soft_dirty_tracked(ctx.layout, ctx.src_vma),
         "fpb_clamp": semantics.fpb_clamp,
         "dst_uffd_wp": bool(dst & arch.VM_UFFD_WP),
         "dst_write": bool(dst & arch.VM_WRITE),
@@ -134,7 +130,7 @@ def _rule_words(ctx: ForkContext) -> U64:
         "src_prot": src_prot,
         "src_write": bool(src & arch.VM_WRITE),
         "src_can_write": (src & (arch.VM_WRITE | arch.VM_SHARED)) == arch.VM_WRITE
-        and not arch.pte_protnone(ctx.layout, src_prot),
+        and not arch.pte_protnone(ctx.layout, arch.mk_pte(ctx.layout, 0, src_prot)),
         "src_uffd_wp": bool(src & arch.VM_UFFD_WP),
         "src_mm_id": ctx.src_mm_id,
         "single_device_exclusive": semantics.single_device_exclusive,
@@ -190,7 +186,7 @@ def folio_pte_batch(
     idx = checks.check_idx(idx, layout)
     max_nr = checks.check_nr("max_nr", max_nr, idx, layout)
     flags = checks.check_flags(flags, semantics)
-    layout = _configured(layout, semantics)
+    layout = configured(layout, semantics)
     first = int(entries[idx]) if pte is None else checks.check_u64("pte", pte)
     if not arch.pte_present(layout, first):
         raise ArgumentError(f"entry {first:#x} in slot {idx} is not present")
@@ -411,7 +407,7 @@ def wrprotect_range(
     checks.check_stats(stats, mm.layout)
     checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), True)
     checks.check_no_overlap(entries=mm.entries, stats=stats)
-    layout = _configured(mm.layout, semantics)
+    layout = configured(mm.layout, semantics)
     shift = layout.page_shift
     for vma in mm.vmas:
         low, high = max(start, vma.start), min(end, vma.end)
@@ -535,7 +531,7 @@ def zap_range(
         if low >= high:
             continue
         ctx = ZapContext(
-            layout=_configured(mm.layout, semantics),
+            layout=configured(mm.layout, semantics),
             semantics=semantics,
             folios=mm.folios,
             vma=vma,
@@ -558,9 +554,10 @@ def apply_helper(layout: PteLayout, name: str, values: U64, arg: int = 0) -> U64
     name : str
         One of ``HELPERS``.
     values : numpy.ndarray
-        uint64[n]: entries (PFNs for ``mk_pte``).
+        uint64[n]: entries (PFNs for ``mk_pte``, offsets for ``swp_entry``).
     arg : int
-        n for ``pte_advance_pfn``, the protection for ``mk_pte``, the VMA's flags for ``pte_mkwrite``.
+        n for ``pte_advance_pfn``, the protection for ``mk_pte``, the VMA's flags for ``pte_mkwrite``, the type for
+        ``swp_entry``.
 
     Returns
     -------

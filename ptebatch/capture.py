@@ -889,7 +889,7 @@ class _Builder:
 
     def __init__(self, reader: _Reader, semantics: KernelSemantics, pmd: str, swap: str) -> None:
         self.semantics = semantics
-        self.layout = arch.X86_64 if semantics.saved_dirty else arch.X86_64_V6_5
+        self.layout = arch.layout_for("x86-64", semantics.switches)
         self.keep_pmds, self.drop_swap = pmd == "keep", swap == "drop"
         self.reader = reader
         self.areas, self.entries = reader.areas, reader.entries

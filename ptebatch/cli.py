@@ -182,6 +182,16 @@ WorkloadText = Annotated[
         show_default=False,
     ),
 ]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch",
+        metavar="NAME",
+        help="With --workload: the architecture, as x86-64, arm64-4k, arm64-64k, riscv64, s390x, ppc64-64k, "
+        "loongarch64-16k. [default: x86-64]",
+        show_default=False,
+    ),
+]
 SemanticsName = Annotated[
     str | None,
     typer.Option(
@@ -240,10 +250,14 @@ def _resolve_semantics(name: str | None, switches: list[str] | None, live: bool)
         _usage(str(error), "--set")
 
 
-def _layout_for(semantics: KernelSemantics) -> PteLayout:
-    from ptebatch import arch
+def _layout_for(arch: str | None, semantics: KernelSemantics) -> PteLayout:
+    from ptebatch import arch as archs
+    from ptebatch.mm import configured
 
-    return arch.X86_64 if semantics.saved_dirty else arch.X86_64_V6_5
+    try:
+        return configured(archs.layout_for(arch or "x86-64", semantics.switches), semantics)
+    except PtebatchError as error:
+        _usage(str(error), "--arch")
 
 
 def _load(
@@ -254,6 +268,7 @@ def _load(
     switches: list[str] | None,
     freeze: bool,
     swap: Literal["keep", "drop"] | None,
+    arch: str | None,
     pmd: Literal["split", "keep"] = "split",
 ) -> _Source:
     """Make the address space that exactly one of a snapshot, a process and a workload stands for."""
@@ -267,17 +282,21 @@ def _load(
         )
     if pid is None and (freeze or swap):
         _usage("only makes sense with --pid", "--freeze" if freeze else "--swap")
+    if arch is not None and workload is None:
+        what = "a snapshot has its own" if snapshot is not None else "a process has this machine's"
+        _usage(f"only makes sense with --workload: {what}", "--arch")
     semantics, notes = _resolve_semantics(semantics_name, switches, live=pid is not None)
 
     if workload is not None:
         from ptebatch import workload as workloads
 
+        layout = _layout_for(arch, semantics)
         try:
-            parsed = workloads.parse(workload)
+            parsed = workloads.parse(workload, layout.page_size)
         except PtebatchError as error:
             _usage(str(error), "--workload")
         with _progress("making the address space") as progress:
-            mm = parsed.build(progress, layout=_layout_for(semantics))
+            mm = parsed.build(progress, layout=layout)
         return _Source(mm, semantics, str(parsed), notes=notes)
 
     if pid is not None:
@@ -290,14 +309,16 @@ def _load(
         label = f"process {seen.env['pid']} ({seen.env['comm']})"
         return _Source(seen.mm, semantics, label, list(seen.bound), notes + seen.notes)
 
+    from ptebatch import arch as archs
     from ptebatch import snapshot as snapshots
 
     assert snapshot is not None
     with _progress(f"reading {snapshot}"):
         loaded = snapshots.load(snapshot)
-    if bool(loaded.mm.layout.saved_dirty) != semantics.saved_dirty:
-        need = "on" if loaded.mm.layout.saved_dirty else "off"
-        raise SemanticsError(f"{snapshot} has {loaded.mm.layout.name} entries: that needs --set saved_dirty={need}")
+    need = archs.unmet(loaded.mm.layout, semantics.switches)
+    if need:
+        hint = " ".join(f"--set {switch}" for switch in need)
+        raise SemanticsError(f"{snapshot} has {loaded.mm.layout.name} entries: that needs {hint}")
     return _Source(loaded.mm, semantics, loaded.source or os.path.basename(snapshot), list(loaded.bound), notes)
 
 
@@ -520,6 +541,7 @@ def fork(
     snapshot: Snapshot = None,
     pid: Pid = None,
     workload: WorkloadText = None,
+    arch: Arch = None,
     impl: Impl = "core",
     no_batching: NoBatching = False,
     semantics: SemanticsName = None,
@@ -534,7 +556,7 @@ def fork(
     The process itself is not forked and not changed. What a live process does not show (write, accessed and dirty
     bits, for example) is inferred and listed: counts that depend on it are a bound.
     """
-    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap, "keep")
+    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap, arch, "keep")
     from ptebatch.fork import ForkPlan, ForkStats
     from ptebatch.mm import digest
 
@@ -595,6 +617,7 @@ def diff(
     snapshot: Snapshot = None,
     pid: Pid = None,
     workload: WorkloadText = None,
+    arch: Arch = None,
     impl: Impl = "core",
     no_batching: NoBatching = False,
     semantics: Annotated[
@@ -629,7 +652,7 @@ def diff(
         _usage("give it twice, or once together with --set", "--semantics")
     if len(names) == 1 and not switches:
         _usage("compare it with what? Give --semantics a second time, or --set SWITCH=on|off", "--semantics")
-    source = _load(snapshot, pid, workload, names[0], None, freeze, swap, "keep")
+    source = _load(snapshot, pid, workload, names[0], None, freeze, swap, arch, "keep")
     second, notes = _resolve_semantics(names[-1], switches, live=False)
     from ptebatch.diff import diff_forks
 
@@ -660,6 +683,7 @@ def wrprotect(
     snapshot: Snapshot = None,
     pid: Pid = None,
     workload: WorkloadText = None,
+    arch: Arch = None,
     impl: Impl = "core",
     no_batching: NoBatching = False,
     semantics: SemanticsName = None,
@@ -673,7 +697,7 @@ def wrprotect(
 
     Entries end up the same both ways; the number of calls does not.
     """
-    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
+    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap, arch)
     from ptebatch.protect import wrprotect_range
 
     _both_ways(source, wrprotect_range, "fork_batching", "write-protecting", pid, impl, no_batching, by_vma, as_json)
@@ -690,6 +714,7 @@ def zap(
     snapshot: Snapshot = None,
     pid: Pid = None,
     workload: WorkloadText = None,
+    arch: Arch = None,
     impl: Impl = "core",
     no_batching: NoBatching = False,
     semantics: SemanticsName = None,
@@ -704,7 +729,7 @@ def zap(
     Everything goes, as when a process exits; a live process itself is not changed. The memory ends up the same both
     ways; the number of calls does not.
     """
-    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
+    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap, arch)
     from ptebatch.zap import zap_range
 
     walk = partial(zap_range, drop_markers=True)
@@ -811,6 +836,7 @@ def explain(
     snapshot: Snapshot = None,
     pid: Pid = None,
     workload: WorkloadText = None,
+    arch: Arch = None,
     what_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -834,7 +860,7 @@ def explain(
     or the bits in which the two entries differ.
     """
     sizes = [_folio_bytes(text) for text in what_if or ()]
-    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap)
+    source = _load(snapshot, pid, workload, semantics, switches, freeze, swap, arch)
     from ptebatch import explain as explaining
     from ptebatch.fork import fork as fork_mm
     from ptebatch.mm import copy_state

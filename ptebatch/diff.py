@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ptebatch import arch
 from ptebatch import folio as f
 from ptebatch.errors import ArgumentError, ForkError
 from ptebatch.fork import fork
@@ -84,7 +85,7 @@ def diff_forks(
     mm : Mm
         Unchanged.
     a, b : KernelSemantics
-        Both must read its entries in the same way (`saved_dirty`).
+        Both must read its entries in the same way (`ptebatch.arch.unmet`).
     batching, impl
         As in `ptebatch.fork.fork`; ``batching=None`` follows each semantics.
 
@@ -99,9 +100,9 @@ def diff_forks(
     PfnError, UnsupportedEntryError, StateError
         As `ptebatch.fork.fork`.
     """
-    if not a.saved_dirty == b.saved_dirty == bool(mm.layout.saved_dirty):
-        need = "on" if mm.layout.saved_dirty else "off"
-        raise ArgumentError(f"{mm.layout.name} entries need saved_dirty={need} in both kernels")
+    need = sorted({*arch.unmet(mm.layout, a.switches), *arch.unmet(mm.layout, b.switches)})
+    if need:
+        raise ArgumentError(f"{mm.layout.name} entries need {', '.join(need)} in both kernels")
     outcomes: list[str] = []
     states: list[tuple[Mm, Mm | None, dict[str, Any]]] = []
     for semantics in (a, b):

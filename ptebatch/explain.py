@@ -37,7 +37,7 @@ from ptebatch.folio import (
     SWAPBACKED_BIT,
     FolioTable,
 )
-from ptebatch.mm import Mm, Vma
+from ptebatch.mm import Mm, Vma, configured, pte_pfns, soft_dirty_tracked
 from ptebatch.semantics import LATEST, KernelSemantics
 
 __all__ = ["CAUSES", "BatchEnds", "Explanation", "VmaBatchEnds", "explain_batches", "what_if"]
@@ -181,7 +181,7 @@ def explain_batches(mm: Mm, *, semantics: KernelSemantics = LATEST, by_vma: bool
     """
     if not semantics.fork_batching:
         raise SemanticsError(f"fork does not batch in {semantics.version}: explain v6.9 or newer")
-    layout = mm.layout.configured(semantics.config.mem_soft_dirty, semantics.config.x86_shstk)
+    layout = configured(mm.layout, semantics)
     total = _Tally(layout)
     vmas = []
     copied = 0
@@ -260,7 +260,7 @@ def _batches(mm: Mm, vma: Vma, layout: PteLayout, semantics: KernelSemantics) ->
     """Yield the batches of a VMA, some tables at a time: no batch crosses the end of a table."""
     ptrs = layout.ptrs_per_pte
     respect_dirty = not vma.vm_flags & arch.VM_SHARED
-    respect_soft_dirty = semantics.config.mem_soft_dirty and not vma.vm_flags & arch.VM_SOFTDIRTY
+    respect_soft_dirty = soft_dirty_tracked(layout, vma)
     start_vpn, end_vpn = vma.start >> layout.page_shift, vma.end >> layout.page_shift
     first, last = mm.rows(vma.start, vma.end)
     step = max(1, _CHUNK_SLOTS // ptrs)
@@ -269,7 +269,7 @@ def _batches(mm: Mm, vma: Vma, layout: PteLayout, semantics: KernelSemantics) ->
         skip = max(0, start_vpn - int(mm.vpns[low]))
         drop = max(0, int(mm.vpns[high - 1]) + ptrs - end_vpn)
         entries = mm.entries[low:high].reshape(-1)[skip : (high - low) * ptrs - drop]
-        present = np.flatnonzero(entries & np.uint64(layout.present_mask))
+        present = np.flatnonzero(pte_pfns(layout, entries)[0])
         if not len(present):
             continue
         slots = present + skip
@@ -346,11 +346,8 @@ def _scan(
 
 
 def _pfns(layout: PteLayout, values: U64) -> I64:
-    """Return the PFNs of present entries; those that are not valid hold theirs inverted (x86)."""
-    inverted = values & np.uint64(layout.valid) == 0
-    if inverted.any():
-        values = np.where(inverted, ~values, values)
-    return (values & np.uint64(layout.pfn_mask)).view(np.int64) >> layout.pfn_shift
+    """Return the PFNs of present entries."""
+    return pte_pfns(layout, values)[1].view(np.int64)
 
 
 def _words(layout: PteLayout, folios: FolioTable, values: U64, pfns: I64) -> U64:
@@ -460,7 +457,7 @@ def what_if(mm: Mm, folio_bytes: int) -> Mm:
 
     entries = mm.entries.copy()
     flat = entries.reshape(-1)
-    slots = np.flatnonzero(flat & np.uint64(layout.present_mask))
+    slots = np.flatnonzero(pte_pfns(layout, flat)[0])
     slots = slots[flat[slots] & np.uint64(layout.special) == 0]
     values = flat[slots]
     pfns = _pfns(layout, values)
@@ -505,7 +502,7 @@ def what_if(mm: Mm, folio_bytes: int) -> Mm:
 
     moved = values & np.uint64(~layout.pfn_mask & arch.U64_MAX)
     field = new_pfns.view(np.uint64) << np.uint64(layout.pfn_shift)
-    inverted = values & np.uint64(layout.valid) == 0
+    inverted = values & np.uint64(layout.plain) == 0
     flat[slots] = moved | np.where(inverted, ~field & np.uint64(layout.pfn_mask), field)
 
     table = FolioTable()

@@ -22,7 +22,7 @@ from ptebatch.checks import as_int, check_int, check_range_bounds
 from ptebatch.errors import AccessError, ArgumentError, PfnError, UnsupportedEntryError
 from ptebatch.folio import Folio
 from ptebatch.impls import resolve_impl
-from ptebatch.mm import MM_ANONPAGES, Mm, Vma, ZapContext, new_zap_stats, vm_page_prot
+from ptebatch.mm import MM_ANONPAGES, Mm, Vma, ZapContext, configured, new_zap_stats, vm_page_prot
 from ptebatch.pmd import check_leaves, is_hugetlb, pmd_pfn, split_huge_pmd
 from ptebatch.semantics import LATEST, KernelSemantics
 
@@ -111,7 +111,9 @@ def touch(
     ``handle_pte_fault()``, ``do_anonymous_page()`` and ``do_wp_page()``, mm/memory.c, ``do_huge_pmd_wp_page()``,
     mm/huge_memory.c, v6.6 to v6.19.
     """
-    layout = mm.layout.configured(semantics.config.mem_soft_dirty, semantics.config.x86_shstk)
+    if mm.layout.arch != arch.X86_64.arch:
+        raise ArgumentError(f"{mm.layout.name}: what touching memory does is modelled for x86-64 only")
+    layout = configured(mm.layout, semantics)
     if access not in ("read", "write", "unshare"):
         raise ArgumentError(f"access={access!r}: choose 'read', 'write' or 'unshare'")
     addr = as_int("addr", addr) & -layout.page_size

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ptebatch import arch
-from ptebatch.errors import ArgumentError, ForkError
+from ptebatch.errors import ArgumentError, ForkError, SemanticsError
 from ptebatch.impls import resolve_batching, resolve_impl
-from ptebatch.mm import STAT_FIELDS, Allocations, ForkContext, Mm, Vma, copy_state, new_stats
+from ptebatch.mm import STAT_FIELDS, Allocations, ForkContext, Mm, Vma, configured, copy_state, new_stats
 from ptebatch.pmd import check_leaves, copy_huge_pmd, copy_hugetlb_page_range, is_hugetlb, leaves
 from ptebatch.semantics import LATEST, KernelSemantics
 from ptebatch.zap import exit_mmap
@@ -205,9 +205,10 @@ class ForkPlan:
         self.pfn_without_page: Literal["error", "as_kernel"] = pfn_without_page
         self._saved = copy_state(mm) if keep else None
 
-        layout = mm.layout.configured(
-            mem_soft_dirty=semantics.config.mem_soft_dirty, shstk=semantics.config.x86_shstk
-        )
+        need = arch.unmet(mm.layout, semantics.switches)
+        if need:
+            raise SemanticsError(f"{mm.layout.name} entries need {', '.join(need)}: other kernels write them otherwise")
+        layout = configured(mm.layout, semantics)
         self._vmas: list[tuple[Vma, ForkContext | None]] = []  # the child's, and how to copy those that are copied
         self._skipped = 0
         mm_id = mm.folios.new_mm_id()
@@ -405,7 +406,7 @@ def fork(
     PfnError, UnsupportedEntryError
         Before anything is changed.
     SemanticsError
-        ``batching=True`` under an unbatched preset.
+        ``batching=True`` under an unbatched preset; a kernel that writes entries in another way than the parent's are.
     ForkError
         The kernel's fork would have failed too: for want of memory, for a poisoned page that may be pinned, for the
         locked folio of a device-exclusive entry. The child is torn down as the kernel does it: counts are what they

@@ -92,6 +92,21 @@ def none_tables(layout: PteLayout, n: int) -> U64:
     return tables
 
 
+@lru_cache(maxsize=256)
+def configured(layout: PteLayout, semantics: KernelSemantics) -> PteLayout:
+    """Return the layout as this kernel, with its configuration and on its CPU, uses it."""
+    config = semantics.config
+    without = [name for name, on in semantics.switches.items() if not on]
+    if not config.riscv_svrsw60t59b:
+        without.append("riscv_svrsw60t59b")
+    return layout.configured(config.mem_soft_dirty, config.x86_shstk, without=without)
+
+
+def soft_dirty_tracked(layout: PteLayout, vma: Vma) -> bool:
+    """``vma_soft_dirty_enabled()``: the layout as configured has the bit, and VM_SOFTDIRTY (inverted) is clear."""
+    return layout.soft_dirty != 0 and not vma.vm_flags & arch.VM_SOFTDIRTY
+
+
 class Mm:
     """An address space: VMAs and the pool of page tables that map them.
 
@@ -284,6 +299,8 @@ class Mm:
             vpns = getattr(self, name)
             if len(vpns) and (int(vpns[0]) < 0 or (np.diff(vpns) <= 0).any() or (vpns % ptrs).any()):
                 raise StateError(f"{name} must be ascending multiples of {ptrs}")
+        if len(self.pmd_vpns) and not self.layout.huge:
+            raise ArgumentError(f"{self.layout.name}: leaves above the page tables are modelled for x86-64 only")
         end = 0
         for vma in self.vmas:
             if vma.start >> shift << shift != vma.start or vma.end >> shift << shift != vma.end:
@@ -455,18 +472,19 @@ def new_zap_stats(layout: PteLayout) -> I64:
 
 def pte_pfns(layout: PteLayout, entries: U64) -> tuple[npt.NDArray[np.bool_], U64]:
     """Which entries are present, and the PFN of each (meaningless where not present), vectorised."""
-    if layout.kind != arch.KIND_X86:
-        raise ArgumentError(f"{layout.name} is not supported here")
-    present = (entries & np.uint64(layout.present_mask)) != 0
-    value = np.where(entries & np.uint64(layout.valid) != 0, entries, ~entries)
-    return present, (value & np.uint64(layout.pfn_mask)) >> np.uint64(layout.pfn_shift)
+    u = np.uint64
+    present = entries & u(layout.present_mask) != 0
+    if layout.present_need:
+        present &= entries & u(layout.present_need) == u(layout.present_need)
+    value = np.where(entries & u(layout.plain) != 0, entries, ~entries)
+    return present, (value & u(layout.pfn_mask)) >> u(layout.pfn_shift)
 
 
 def swap_keys(layout: PteLayout, entries: U64, semantics: KernelSemantics) -> U64:
     """Find the swap slots (`ptebatch.swap.swap_key`) that entries refer to, in their order; vectorised."""
     u = np.uint64
     none = (entries & u(~layout.none_ignore & arch.U64_MAX)) == u(layout.none_value)
-    swapped = entries[~none & ((entries & u(layout.present_mask)) == 0)]
+    swapped = entries[~none & ~pte_pfns(layout, entries)[0]]
     types = swapped >> u(layout.swp_type_shift) & u((1 << layout.swp_type_bits) - 1)
     offsets = (~swapped if layout.swp_offset_inverted else swapped) >> u(layout.swp_offset_shift)
     keys = types << u(KEY_TYPE_SHIFT) | offsets & u((1 << layout.swp_offset_bits) - 1)

@@ -121,7 +121,7 @@ def flatten(mm: Mm, child: Mm | None = None, *, start: int | None = None, end: i
     vma = mm.vma_at(start)
     if vma is None or end > vma.end or vma.vm_ops is not None or not arch.is_cow_mapping(vma.vm_flags):
         raise StateError(f"{start:#x}-{end:#x} is not private anonymous memory")
-    if not layout.saved_dirty:
+    if not layout.saved_dirty:  # which x86-64 alone has
         raise StateError(f"the peers do not model {layout.name}: choose a kernel with saved_dirty")
     src = mm.ptes(start, end)
     present, pfns = pte_pfns(layout, src)

@@ -27,6 +27,7 @@ from ptebatch.mm import (
     ForkContext,
     Mm,
     Vma,
+    configured,
     swap_types,
     vm_page_prot,
 )
@@ -287,7 +288,7 @@ def split_huge_pmd(mm: Mm, addr: int, *, semantics: KernelSemantics = LATEST) ->
     -----
     ``__split_huge_pmd()``, mm/huge_memory.c, v6.6 to v6.19, without ``freeze``.
     """
-    layout = mm.layout.configured(semantics.config.mem_soft_dirty, semantics.config.x86_shstk)
+    layout = configured(mm.layout, semantics)
     nr = layout.ptrs_per_pte
     vpn = addr >> layout.page_shift & -nr
     addr = vpn << layout.page_shift

@@ -40,6 +40,8 @@ from ptebatch.mm import (
     Mm,
     Vma,
     ZapContext,
+    configured,
+    soft_dirty_tracked,
     swap_types,
     vm_page_prot,
 )
@@ -146,7 +148,7 @@ def folio_pte_batch(
     max_nr = checks.check_nr("max_nr", max_nr, idx, layout)
     flags = checks.check_flags(flags, semantics)
     vm_flags = checks.check_u64("vm_flags", vm_flags)
-    layout = _configured(layout, semantics)
+    layout = configured(layout, semantics)
     value = int(entries[idx]) if pte is None else checks.check_u64("pte", pte)
     if not arch.pte_present(layout, value):
         raise ArgumentError(f"pte {value:#x} is not present; a batch starts at a present entry")
@@ -155,10 +157,6 @@ def folio_pte_batch(
         raise PfnError(pfn=pfn)
     folio = folios.page(pfn).folio
     return _folio_pte_batch(entries, idx, value, max_nr, folio, layout, semantics, flags, vm_flags)[0]
-
-
-def _configured(layout: PteLayout, semantics: KernelSemantics) -> PteLayout:
-    return layout.configured(semantics.config.mem_soft_dirty, semantics.config.x86_shstk)
 
 
 def _folio_pte_batch(
@@ -258,6 +256,8 @@ def set_ptes(entries: np.ndarray, idx: int, pte: int, nr: int, *, layout: PteLay
 
 
 def _set_ptes(entries: np.ndarray, idx: int, pte: int, nr: int, layout: PteLayout) -> None:
+    if arch.pte_present(layout, pte):
+        pte &= ~layout.set_ptes_clear  # s390
     for k in range(nr):
         entries[idx + k] = arch.pte_advance_pfn(layout, pte, k)
 
@@ -294,7 +294,7 @@ def wrprotect_ptes(entries: np.ndarray, idx: int, nr: int, *, layout: PteLayout)
 
 def _wrprotect_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> None:
     for slot in range(idx, idx + nr):
-        entries[slot] = arch.pte_wrprotect(layout, int(entries[slot]))
+        entries[slot] = arch.ptep_set_wrprotect(layout, int(entries[slot]))
 
 
 # --- copy_present_ptes ------------------------------------------------------------------------------------------------
@@ -442,20 +442,15 @@ def _fork_batch_flags(ctx: ForkContext) -> int:
     """
     vm_flags = ctx.src_vma.vm_flags
     private = not vm_flags & arch.VM_SHARED
-    soft_dirty_tracked = _soft_dirty_tracked(ctx)
+    tracked = soft_dirty_tracked(ctx.layout, ctx.src_vma)
     if ctx.semantics.fpb_respect:
         flags = FPB_MERGE_WRITE
         flags |= FPB_RESPECT_DIRTY if private else 0
-        flags |= FPB_RESPECT_SOFT_DIRTY if soft_dirty_tracked else 0
+        flags |= FPB_RESPECT_SOFT_DIRTY if tracked else 0
     else:
         flags = 0 if private else FPB_IGNORE_DIRTY
-        flags |= 0 if soft_dirty_tracked else FPB_IGNORE_SOFT_DIRTY
+        flags |= 0 if tracked else FPB_IGNORE_SOFT_DIRTY
     return flags
-
-
-def _soft_dirty_tracked(ctx: ForkContext) -> bool:
-    # vma_soft_dirty_enabled(), mm/internal.h: tracking starts when clear_refs takes the flag away.
-    return ctx.semantics.config.mem_soft_dirty and not ctx.src_vma.vm_flags & arch.VM_SOFTDIRTY
 
 
 def _mm_counter(folio: Folio) -> int:
@@ -639,7 +634,7 @@ def _copy_nonpresent_pte(
         else:
             if folio.locked:
                 return -EBUSY
-            src[idx] = _restore_exclusive_pte(ctx, folio, pfn, pte, kind, addr)
+            _set_ptes(src, idx, _restore_exclusive_pte(ctx, folio, pfn, pte, kind, addr), 1, layout)
             _count_nonpresent(stats, "device_exclusive_entries")
             return -ENOENT
         rss[_mm_counter(folio)] += 1
@@ -698,7 +693,7 @@ def _restore_exclusive_pte(ctx: ForkContext, folio: Folio, pfn: int, pte: int, k
     if ctx.semantics.single_device_exclusive:
         # can_change_pte_writable(), mm/mprotect.c; in a shared mapping it asks for a dirty entry, which this is not.
         watched = vma.vm_flags & arch.VM_UFFD_WP and arch.pte_uffd_wp(layout, new)
-        watched = watched or (_soft_dirty_tracked(ctx) and not arch.pte_soft_dirty(layout, new))
+        watched = watched or (soft_dirty_tracked(layout, vma) and not arch.pte_soft_dirty(layout, new))
         shared = vma.vm_flags & arch.VM_SHARED or not (folio.anon and page.anon_exclusive)
         if writable and not watched and not shared and not arch.pte_protnone(layout, new):
             if folio.dirty:
@@ -989,7 +984,7 @@ def wrprotect_range(
     start, end = checks.check_range_bounds(mm, start, end)
     batching = checks.check_batching(batching, semantics)
     stats = checks.check_stats(stats, mm.layout)
-    layout = _configured(mm.layout, semantics)
+    layout = configured(mm.layout, semantics)
     for vma in mm.vmas:
         for row, _, idx, stop in _tables(mm, max(start, vma.start), min(end, vma.end)):
             _wrprotect_pte_range(layout, mm, mm.entries[row], idx, stop, semantics, batching, stats, vma.vm_flags)
@@ -1362,7 +1357,7 @@ def zap_range(
     checks.check_rss(mm.rss)
     checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), True)
     checks.check_no_overlap(entries=mm.entries, rss=mm.rss, stats=stats)
-    layout = _configured(mm.layout, semantics)
+    layout = configured(mm.layout, semantics)
     for vma in mm.vmas:
         if end <= vma.start or vma.end <= start:
             continue
@@ -1393,7 +1388,7 @@ def _zap_pte_range(
 
 # --- the helpers, over an array ---------------------------------------------------------------------------------------
 
-_HELPER_PREFIXES = ("pte_", "pfn_pte", "mk_pte", "swp_")
+_HELPER_PREFIXES = ("pte_", "ptep_", "pfn_pte", "mk_pte", "swp_")
 _HELPERS_WITH_ARG = ("pte_mkwrite", "pte_advance_pfn", "pfn_pte", "mk_pte", "pte_modify")
 
 

@@ -31,7 +31,7 @@ class Switch(NamedTuple):
     """Where a behaviour comes from.
 
     `commit` is the mainline hash, or the patch's message-id where the hash is not known; `since` is the first release
-    x.y.0 that has it.
+    x.y.0 that has it, empty if no preset does.
     """
 
     commit: str
@@ -54,6 +54,11 @@ SWITCHES: dict[str, Switch] = {
         "v6.14",
         "a hugetlb folio that fork copies is mapped writable only with VM_WRITE",
     ),
+    "arm64_present_invalid": Switch(
+        "20240501145419.1390363-1-ryan.roberts@arm.com",
+        "v6.10",
+        "arm64 marks PROT_NONE in bit 11, which leaves bit 58 to uffd-wp, and swap entries move up",
+    ),
     "fpb_clamp": Switch("7b08b74f3d99", "v6.15", "folio_pte_batch() clamps max_nr to the folio before it scans"),
     "single_device_exclusive": Switch(
         "c25465eb7630",
@@ -62,8 +67,15 @@ SWITCHES: dict[str, Switch] = {
     ),
     "mm_id": Switch("6af8cb80d3a9", "v6.15", "large folios track two owning mms and whether they are shared"),
     "fpb_respect": Switch("e66d7a4f55f4", "v6.17", "folio_pte_batch() flags say what to respect and what to merge"),
+    "arm64_mkwrite_clean": Switch("143937ca51cc", "v6.18", "arm64 keeps a clean entry clean that is made writable"),
+    "riscv_software_bits": Switch("2a3ebad4db63", "v6.19", "riscv has soft-dirty and uffd-wp on CPUs with Svrsw60t59b"),
     "vm_maybe_guard": Switch("ab04b530e7e8", "v6.19", "VM_MAYBE_GUARD marks guarded VMAs and makes fork copy them"),
     "pmd_device_private": Switch("368076f52ebe", "v6.19", "PMDs map device-private memory"),
+    "loongarch_wrprotect_modified": Switch(
+        "CVE-2026-72043",
+        "",
+        "loongarch64 keeps dirty what is write-protected (v7.2; stable v6.6.145, v6.12.97, v6.18.40)",
+    ),
 }
 """Every on/off switch, oldest first."""
 
@@ -91,6 +103,8 @@ class KernelConfig:
         The CPU has shadow stacks, so Dirty without RW counts as writable.
     memory_failure, migration : bool
         CONFIG_MEMORY_FAILURE and CONFIG_MIGRATION: swap types for poisoned pages and for pages under migration exist.
+    riscv_svrsw60t59b : bool
+        The CPU leaves two bits of riscv64 entries to software, which are then soft-dirty and uffd-wp.
     """
 
     mem_soft_dirty: bool = True
@@ -99,6 +113,7 @@ class KernelConfig:
     x86_shstk: bool = False
     memory_failure: bool = True
     migration: bool = True
+    riscv_svrsw60t59b: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +136,16 @@ class KernelSemantics:
     huge_zero_wp: bool
     guard_markers: bool
     hugetlb_copy_vm_write: bool
+    arm64_present_invalid: bool
     fpb_clamp: bool
     single_device_exclusive: bool
     mm_id: bool
     fpb_respect: bool
+    arm64_mkwrite_clean: bool
+    riscv_software_bits: bool
     vm_maybe_guard: bool
     pmd_device_private: bool
+    loongarch_wrprotect_modified: bool
     large_reuse: str
 
     def __post_init__(self) -> None:
@@ -139,6 +158,7 @@ class KernelSemantics:
             (self.mm_id, "mm_id", self.large_mapcount, "large_mapcount"),
             (self.large_reuse == "mm_id", "large_reuse=mm_id", self.mm_id, "mm_id"),
             (self.config.no_page_mapcount, "no_page_mapcount", self.mm_id, "mm_id"),
+            (self.config.riscv_svrsw60t59b, "riscv_svrsw60t59b", self.riscv_software_bits, "riscv_software_bits"),
         )
         for has, what, other, needed in needs:
             if has and not other:
@@ -209,7 +229,7 @@ def _minor(version: str) -> int:
 
 
 def _preset(minor: int) -> KernelSemantics:
-    on = {name: _minor(switch.since) <= minor for name, switch in SWITCHES.items()}
+    on = {name: bool(switch.since) and _minor(switch.since) <= minor for name, switch in SWITCHES.items()}
     reuse = [value for value, switch in LARGE_REUSE.items() if _minor(switch.since) <= minor][-1]
     return KernelSemantics(
         version=f"v6.{minor}", inferred=minor in (11, 15, 16), config=KernelConfig(), large_reuse=reuse, **on

@@ -148,7 +148,7 @@ def save(mm: Mm, path: str | os.PathLike[str], *, bound: Iterable[str] = (), sou
         "huge_zero_pfn": mm.folios.huge_zero_pfn,
         "vma_names": [vma.name for vma in mm.vmas],
     }
-    if mm.layout != _layout(document, ArgumentError):
+    if mm.layout != _layout(document, ArgumentError, [name for name, _ in mm.layout.variants]):
         raise ArgumentError(f"layout {mm.layout.name} has been changed by hand; snapshots know {', '.join(LAYOUTS)}")
     texts = [mm.name, source, *document["bound"], *document["vma_names"]]  # type: ignore[misc]
     if any(not isinstance(text, str) or len(text) > MAX_TEXT for text in texts):
@@ -369,11 +369,13 @@ def _shown(value: object) -> str:
     return repr(value)[:40] if not isinstance(value, int) or value.bit_length() < 70 else "a huge number"
 
 
-def _layout(document: dict[str, Any], error: type[PtebatchError]) -> PteLayout:
+def _layout(document: dict[str, Any], error: type[PtebatchError], features: list[str] | None = None) -> PteLayout:
+    """Return the layout a document names; with `features`, as a kernel that has only these of its variants uses it."""
     layout = LAYOUTS.get(document["layout"])
     if layout is None:
         raise error(f"metadata.layout: {_shown(document['layout'])} is not one of {', '.join(LAYOUTS)}")
-    return layout.configured(mem_soft_dirty=document["mem_soft_dirty"], shstk=document["shstk"])
+    without = [] if features is None else [name for name, _ in layout.variants if name not in features]
+    return layout.configured(document["mem_soft_dirty"], document["shstk"], without=without)
 
 
 def _read(file: Any, layout: PteLayout) -> dict[str, Array]:

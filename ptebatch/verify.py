@@ -38,7 +38,7 @@ from ptebatch.capture import Seen, capture, look
 from ptebatch.errors import ArgumentError, PermissionDeniedError, PtebatchError, StateError
 from ptebatch.fault import touch
 from ptebatch.fork import fork, vma_needs_copy
-from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, Mm, pte_pfns, swap_types
+from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, Mm, configured, pte_pfns, swap_types
 from ptebatch.semantics import KernelSemantics, running
 from ptebatch.zap import exit_mmap
 
@@ -528,7 +528,7 @@ class _Model:
             raise Skip("the kernel hides PFNs: run as root")
         self.semantics = semantics
         self.mm = found.mm
-        self.layout = self.mm.layout.configured(semantics.config.mem_soft_dirty, semantics.config.x86_shstk)
+        self.layout = configured(self.mm.layout, semantics)
         self.folios = self.mm.folios
         self.made: dict[int, int | None] = {}
         self.replaced: dict[int, int | None] = {}

@@ -38,10 +38,11 @@ PFN_ORDERS = ("shuffled", "sequential")
 VMA_KINDS = ("anon", "file", "shmem", "shmem-guard")
 
 PAGE = 4096
+"""The smallest page there is; a layout's may be larger."""
 MAX_SIZE = 1 << 40
 MAX_FOLIO = 1 << 30
-FIRST_VPN = 0x550000000
-"""Virtual page where the first VMA starts (before `align=shifted`): a multiple of every folio size."""
+FIRST_ADDRESS = 0x550000000000
+"""Where the first VMA starts (before `align=shifted`): a multiple of every folio size."""
 PIECE = 1 << 20
 """Pages that are written at a time."""
 FIRST_PFN = 1 << 18
@@ -75,8 +76,8 @@ class Workload:
     size : int
         Bytes of address space, holes included, over all VMAs.
     folio : tuple of int
-        Folio sizes in bytes. Several get equal shares of the pages of each VMA, interleaved by the seed as closely as
-        natural alignment allows. What a size does not divide into is filled with single pages.
+        Folio sizes in bytes, none smaller than a page. Several get equal shares of the pages of each VMA, interleaved
+        by the seed as closely as natural alignment allows. What a size does not divide into is filled with single pages.
     seed : int
         Everything that is drawn by chance follows from it.
     align : {"natural", "shifted"}
@@ -111,7 +112,7 @@ class Workload:
     guard : float
         Share of the address space that holds guard markers.
     pmd : float
-        Share of the whole anonymous folios of 2 MiB that a PMD maps. Needs ``align=natural``.
+        Share of the whole anonymous folios of 2 MiB that a PMD maps. Needs ``align=natural``, and x86-64.
     granularity : {"folio", "page"}
         Whether readonly, clean, old, holes, cowed, soft_dirty, uffd_wp, swap and guard fall on whole folios or on
         single pages.
@@ -202,7 +203,8 @@ class Workload:
         Raises
         ------
         ArgumentError
-            A folio size that does not fit into a VMA's share of `size`.
+            A folio size that does not fit into a VMA's share of `size`, or that a layout's pages do not make up; what
+            entries of the layout cannot show.
         """
         builder = (_PlainBuilder if _PlainBuilder.knows(self, layout) else _Builder)(self, layout, progress)
         return builder.build()
@@ -245,7 +247,7 @@ class Workload:
         return keys < np.partition(keys, k)[k]
 
 
-def parse(text: str) -> Workload:
+def parse(text: str, page_size: int = PAGE) -> Workload:
     """Read a workload from its text form.
 
     Parameters
@@ -253,6 +255,8 @@ def parse(text: str) -> Workload:
     text : str
         ``key=value`` pairs joined by commas; the keys are the attributes of `Workload`. Sizes are bytes or carry KiB,
         MiB, GiB or TiB; several folio sizes or VMA kinds are joined by ``+``; ``vma=mix`` is ``anon+file+shmem``.
+    page_size : int
+        Size of folios where `text` names none.
 
     Raises
     ------
@@ -272,7 +276,7 @@ def parse(text: str) -> Workload:
         if key in given:
             raise ArgumentError(f"{key} is given twice")
         given[key] = value
-    return _workload(given)
+    return _workload({"folio": (page_size,), **given})
 
 
 def make(progress: Progress | None = None, **keys: Any) -> Mm:
@@ -358,10 +362,22 @@ class _Builder:
     STEPS = 6
 
     def __init__(self, workload: Workload, layout: PteLayout, progress: Progress | None) -> None:
-        if layout.page_size != PAGE:
-            raise ArgumentError(f"workloads have pages of {PAGE} bytes; {layout.name} has {layout.page_size}")
         self.w = workload
         self.layout = layout
+        self.page = layout.page_size
+        whole = f"pages of {layout.name} are {format_size(self.page)}"
+        if workload.size % self.page:
+            raise ArgumentError(f"size={workload.size}: {whole}, of which it must be a multiple")
+        if min(workload.folio) < self.page:
+            raise ArgumentError(f"folio={format_size(min(workload.folio))}: {whole}")
+        lacking = (
+            ("soft_dirty", bool(layout.soft_dirty), "have no soft-dirty bit"),
+            ("uffd_wp", bool(layout.uffd_wp), "have no uffd-wp bit"),
+            ("pmd", bool(layout.huge), "are modelled in page tables only"),
+        )
+        for key, has, what in lacking:
+            if getattr(workload, key) and not has:
+                raise ArgumentError(f"{key}={getattr(workload, key)}: entries of {layout.name} {what}")
         self.progress = progress
         self.done = 0
 
@@ -466,8 +482,8 @@ class _Builder:
     def lay_out(self) -> I64:
         """Set the blocks of all VMAs (`orders`, `nr`, `start`, `nr_pages`); return the pages of each VMA."""
         w = self.w
-        self.nr_pages = w.size // PAGE
-        largest = max(w.folio) // PAGE
+        self.nr_pages = w.size // self.page
+        largest = max(w.folio) // self.page
         pages = self.nr_pages // w.vmas
         if pages > largest:
             pages -= pages % largest
@@ -486,12 +502,12 @@ class _Builder:
         sizes = sorted(self.w.folio, reverse=True)
         left = pages
         for i, size in enumerate(sizes):
-            nr = size // PAGE
+            nr = size // self.page
             counts[nr.bit_length() - 1] = n = left // (len(sizes) - i) // nr
             if n == 0:
                 raise ArgumentError(
-                    f"folio={format_size(size)}: does not fit into its share of a VMA of {format_size(pages * PAGE)}; "
-                    "make size larger, or name fewer vmas or folio sizes"
+                    f"folio={format_size(size)}: does not fit into its share of a VMA of "
+                    f"{format_size(pages * self.page)}; make size larger, or name fewer vmas or folio sizes"
                 )
             left -= n * nr
         return counts
@@ -568,8 +584,8 @@ class _Builder:
 
     def map_by_pmd(self, mm: Mm, first: I64, pfn: I64, exclusive: Bools) -> None:
         """Replace the page tables of blocks, given by their first pages, by leaves; each has a table to itself."""
-        start = np.array([vma.start // PAGE for vma in mm.vmas], dtype=np.int64)
-        pages = np.array([(vma.end - vma.start) // PAGE for vma in mm.vmas], dtype=np.int64)
+        start = np.array([vma.start // self.page for vma in mm.vmas], dtype=np.int64)
+        pages = np.array([(vma.end - vma.start) // self.page for vma in mm.vmas], dtype=np.int64)
         vma = np.searchsorted(np.cumsum(pages), first, side="right")
         rows = np.searchsorted(mm.vpns, start[vma] + first - (np.cumsum(pages) - pages)[vma])
         keep = np.ones(len(mm.vpns), dtype=bool)
@@ -626,9 +642,9 @@ class _Builder:
         shift = 0
         if w.align == "shifted":
             shift = int(w._raw("shift", 1)[0]) % ptrs | 1
-        largest = max(w.folio) // PAGE
+        largest = max(w.folio) // self.page
         stride = -(-(vma_pages + 1) // largest) * largest
-        start = FIRST_VPN + shift + np.cumsum(stride) - stride
+        start = FIRST_ADDRESS // self.page + shift + np.cumsum(stride) - stride
         first, last = start // ptrs, (start + vma_pages - 1) // ptrs
         vpns = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)])) * ptrs
         entries = none_tables(self.layout, len(vpns))
@@ -643,8 +659,8 @@ class _Builder:
             kind = VMA_KINDS[kind_of_vma[i]]
             vmas.append(
                 Vma(
-                    start=vpn * PAGE,
-                    end=(vpn + n) * PAGE,
+                    start=vpn * self.page,
+                    end=(vpn + n) * self.page,
                     vm_flags=vm_flags[kind_of_vma[i]],
                     anon_vma=kind != "shmem",
                     vm_ops=None if kind == "anon" else "file" if kind == "file" else "shmem",
@@ -674,7 +690,7 @@ class _PlainBuilder(_Builder):
         mm_id = folios.new_mm_id()
         folios.fill_mapped(FIRST_PFN, nr, self.order, mm_id=mm_id)
         self.step()
-        start, flags = FIRST_VPN * PAGE, self.vm_flags("anon")
+        start, flags = FIRST_ADDRESS, self.vm_flags("anon")
         vma = Vma(start=start, end=start + w.size, vm_flags=flags)
         mm = Mm.for_vmas(layout, folios, [vma], mm_id=mm_id, name=str(w))
         mm.rss[MM_ANONPAGES] = self.nr_pages

@@ -241,13 +241,78 @@ def test_the_readme_s_ten_lines_run(capsys):
 
 def test_the_readme_names_every_switch_and_module():
     text = README.read_text(encoding="utf-8")
-    table = re.findall(r"^\| `(\w+)` \| (v6\.\d+) \|", text, re.MULTILINE)
-    assert dict(table) == {name: switch.since for name, switch in SWITCHES.items()}
+    table = re.findall(r"^\| `(\w+)` \| (v6\.\d+|later) \|", text, re.MULTILINE)
+    assert dict(table) == {name: switch.since or "later" for name, switch in SWITCHES.items()}
+    assert all(name in text for name in arch.ARCHITECTURES)
     modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__"}
     listed = set(re.findall(r"`(\w+)`", text[text.index("## Modules") :]))
     assert modules <= listed
     keys = set(re.findall(r"`(\w+)`", text[text.index("## Workloads") : text.index("## Units")]))
     assert set(workload.Workload.__dataclass_fields__) <= keys
+
+
+# --- architectures ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", arch.ARCHITECTURES)
+def test_every_architecture(name, tmp_path):
+    space = "size=4MiB,folio=64KiB+256KiB,align=shifted,readonly=0.2,clean=0.3,granularity=page,swap=0.1,guard=0.1"
+    core = run_json("fork", "--arch", name, "--workload", space)
+    assert core["arch"] == name
+    assert core["digest"] == run_json("fork", "--arch", name, "--workload", space, "--impl", "reference")["digest"]
+    page = arch.LAYOUTS[name].page_size
+    assert core["stats"]["tables_allocated"] >= 4 << 20 >> page.bit_length() - 1 >> 13
+    assert core["stats"]["ptes_present"] + core["stats"]["ptes_none"] + core["stats"]["swap_entries"] > 0
+    explained = run_json("explain", "--arch", name, "--workload", space)
+    assert explained["arch"] == name
+    assert sum(int(k) * n for k, n in core["stats"]["batch_hist"].items()) == core["stats"]["ptes_present"]
+    old = run_json("fork", "--arch", name, "--workload", space, "--semantics", "v6.8")
+    assert old["arch"] == (f"{name}-v6.9" if name.startswith("arm64") else name)
+    for command in ("wrprotect", "zap"):
+        assert run_json(command, "--arch", name, "--workload", space)["arch"] == name
+    same = ("--arch", name, "--workload", space, "--semantics", "v6.18", "--semantics", "v6.19")
+    assert run_json("diff", *same)["entries"] == []
+
+    mm = workload.parse(space).build(layout=arch.LAYOUTS[name])
+    snapshot.save(mm, tmp_path / "a.ptes")
+    assert snapshot.load(tmp_path / "a.ptes").mm.layout == mm.layout
+    core = run_json("fork", tmp_path / "a.ptes")
+    assert core == {**run_json("fork", tmp_path / "a.ptes", "--impl", "reference"), "impl": "core"}
+
+
+def test_a_page_is_the_default_folio():
+    assert run_json("fork", "--arch", "ppc64-64k", "--workload", "size=1MiB")["stats"]["ptes_present"] == 16
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("fork", "--arch", "vax", "--workload", "size=1MiB"), "no architecture 'vax'; they are x86-64, arm64-4k"),
+        (("fork", "--arch", "riscv64", "--pid", "self"), "only makes sense with --workload: a process has this"),
+        (("explain", "--arch", "riscv64", "x.ptes"), "only makes sense with --workload: a snapshot has its own"),
+    ],
+)
+def test_arch_is_for_workloads(args, message):
+    assert message in " ".join(run(*args, code=2).stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "message"),
+    [
+        ("arm64-64k", "size=1MiB,folio=4KiB", "folio=4KiB: pages of arm64-64k are 64KiB"),
+        ("loongarch64-16k", "size=20KiB", "size=20480: pages of loongarch64-16k are 16KiB, of which it must be a"),
+        ("arm64-4k", "size=1MiB,soft_dirty=0.5", "entries of arm64-4k have no soft-dirty bit"),
+        ("s390x", "size=1MiB,uffd_wp=0.5", "entries of s390x have no uffd-wp bit"),
+        ("riscv64", "size=1MiB,uffd_wp=0.5", "entries of riscv64 have no uffd-wp bit"),
+        ("riscv64", "size=4MiB,folio=2MiB,pmd=1", "entries of riscv64 are modelled in page tables only"),
+    ],
+)
+def test_what_an_architecture_does_not_have(name, space, message):
+    assert message in refused("fork", "--arch", name, "--workload", space)
+
+
+def test_a_snapshot_of_another_encoding_says_what_it_needs(tmp_path):
+    snapshot.save(workload.parse("size=64KiB").build(layout=arch.ARM64_4K), tmp_path / "a.ptes")
+    message = refused("fork", tmp_path / "a.ptes", "--semantics", "v6.9")
+    assert "has arm64-4k entries: that needs --set arm64_present_invalid=on" in message
 
 
 # --- fork -------------------------------------------------------------------------------------------------------------

@@ -125,8 +125,8 @@ class PteLayout:
     Steps: `wrprotect`, `mkwrite` (and `mkwrite_shstk` in a VM_SHADOW_STACK mapping), `mkclean`, `mkdirty`, `mkold`,
     `mkyoung`, `mkuffd_wp`; `mk_pte` completes PFN and protection to an entry, `ptep_set_wrprotect` is what
     write-protecting does to an entry in its table. ``set_ptes()`` takes `set_ptes_clear` off present entries.
-    ``pte_modify()`` applies `modify_before`, keeps `chg_mask`, and applies `modify_after_writable` to what was writable
-    and `modify_after` to the rest.
+    ``pte_modify()`` applies `modify_before`, keeps `chg_mask`, takes `prot_mask` of the protection, and applies
+    `modify_after_writable` to what was writable and `modify_after` to the rest.
 
     `bits` names bits and fields for people. Swap-type entries have `swp_base` set. `swp_pfn_bits` is the width of the
     PFN in the offset of migration and device entries (SWP_PFN_BITS); young and dirty of migration entries lie above it,
@@ -175,6 +175,7 @@ class PteLayout:
     mk_pte: Step
     set_ptes_clear: int
     chg_mask: int
+    prot_mask: int
     modify_before: Step
     modify_after_writable: tuple[Step, ...]
     modify_after: tuple[Step, ...]
@@ -233,6 +234,7 @@ class PteLayout:
             swp_soft_dirty=layout.swp_soft_dirty if mem_soft_dirty else 0,
             mkdirty=layout.mkdirty.without(soft),
             chg_mask=layout.chg_mask & ~soft,
+            prot_mask=layout.prot_mask | soft,
             shstk=shstk,
             writable=layout.write | (layout.dirty if shstk else 0),
         )
@@ -266,6 +268,7 @@ def _layout(**given: Any) -> PteLayout:
         "mkuffd_wp": _mkuffd_wp(given["wrprotect"], given.get("uffd_wp", 0)),
         "mk_pte": Step(),
         "set_ptes_clear": 0,
+        "prot_mask": U64_MAX & ~given["chg_mask"],
         "modify_before": Step(),
         "modify_after_writable": given.get("modify_after", ()),
         "modify_after": (),
@@ -374,6 +377,7 @@ def _with_devmap(layout: PteLayout, bit: int) -> PteLayout:
         layout,
         name=f"{layout.name}-v6.16",
         chg_mask=layout.chg_mask | bit,
+        prot_mask=layout.prot_mask if layout.prot_mask == U64_MAX else layout.prot_mask & ~bit,
         bits=_renamed(layout, **{name: "DEVMAP"}),
     )
 
@@ -403,7 +407,8 @@ X86_64_V6_5 = replace(
 # arm64: arch/arm64/include/asm/{pgtable,pgtable-hwdef,pgtable-prot}.h, arch/arm64/mm/mmap.c. Physical addresses below
 # 2^50 (without LPA2 and 52-bit addresses); a CPU without EPAN, whose execute-only mappings are readable; VMAs without
 # MTE, GCS and overlays.
-_ARM_VALID, _ARM_PAGE, _ARM_USER, _ARM_RDONLY, _ARM_SH, _ARM_AF, _ARM_NG = 1, 3, 1 << 6, 1 << 7, 3 << 8, 1 << 10, 1 << 11
+_ARM_VALID, _ARM_PAGE, _ARM_USER, _ARM_RDONLY = 1, 3, 1 << 6, 1 << 7
+_ARM_SH, _ARM_AF, _ARM_NG = 3 << 8, 1 << 10, 1 << 11
 _ARM_GP, _ARM_WRITE, _ARM_CONT, _ARM_PXN, _ARM_UXN, _ARM_DIRTY = (1 << n for n in (50, 51, 52, 53, 54, 55))
 _ARM_SPECIAL, _ARM_BIT58 = 1 << 56, 1 << 58
 _ARM_DEFAULT = _ARM_PAGE | _ARM_SH | _ARM_AF
@@ -483,6 +488,7 @@ def _arm64(page_shift: int) -> tuple[PteLayout, PteLayout]:
         uffd_wp=0,
         mkuffd_wp=Step(),
         chg_mask=U64_MAX & ~(_ARM_MODIFY | _ARM_BIT58),
+        prot_mask=_ARM_MODIFY | _ARM_BIT58,
         swp_type_shift=3,
         swp_offset_shift=8,
         swp_uffd_wp=0,
@@ -524,6 +530,7 @@ RISCV64 = _layout(
     mkclean=Step(clear=_RV_D),
     mkdirty=Step(set=_RV_D | _RV_SOFT_DIRTY),
     chg_mask=U64_MAX & ~(_RV_V | _RV_R | _RV_W | _RV_X | _RV_U | _RV_G | 3 << 61),
+    prot_mask=U64_MAX,
     swp_type_shift=7,
     swp_offset_shift=12,
     swp_offset_bits=52,
@@ -591,6 +598,7 @@ S390X = _layout(
     mkyoung=_390_MKYOUNG,
     mk_pte=_390_MKYOUNG,
     set_ptes_clear=_390_UNUSED,
+    prot_mask=U64_MAX,
     chg_mask=_390_PAGE_MASK | _390_SPECIAL | _390_DIRTY | _390_YOUNG | _390_SOFT_DIRTY,
     modify_after=(
         Step(mask=_390_YOUNG | _390_READ, value=_390_YOUNG | _390_READ, then_clear=_390_INVALID),
@@ -652,6 +660,7 @@ def _ppc64(page_shift: int, ptrs_per_pte: int) -> PteLayout:
         mkclean=Step(clear=_PPC_DIRTY),
         mkdirty=Step(set=_PPC_DIRTY | _PPC_SOFT_DIRTY),
         mk_pte=Step(set=_PPC_PTE),
+        prot_mask=U64_MAX,
         chg_mask=pfn | _PPC_DIRTY | _PPC_ACCESSED | _PPC_SPECIAL | _PPC_PTE | _PPC_SOFT_DIRTY,
         swp_base=_PPC_PTE,
         swp_type_shift=0,
@@ -1035,7 +1044,7 @@ def pte_modify(layout: PteLayout, v: int, prot: int) -> int:
     v = _u64(v)
     prot = _unsigned(prot, 64, "a protection")
     old = layout.modify_before(v)
-    new = old & layout.chg_mask | prot & ~layout.chg_mask
+    new = old & layout.chg_mask | prot & layout.prot_mask
     if _inverted(layout, v) != _inverted(layout, new):
         new ^= layout.pfn_mask
     for step in layout.modify_after_writable if v & layout.write else layout.modify_after:

@@ -77,7 +77,8 @@ class Workload:
         Bytes of address space, holes included, over all VMAs.
     folio : tuple of int
         Folio sizes in bytes, none smaller than a page. Several get equal shares of the pages of each VMA, interleaved
-        by the seed as closely as natural alignment allows. What a size does not divide into is filled with single pages.
+        by the seed as closely as natural alignment allows. What a size does not divide into is filled with single
+        pages.
     seed : int
         Everything that is drawn by chance follows from it.
     align : {"natural", "shifted"}

@@ -405,8 +405,8 @@ X86_64_V6_5 = replace(
 
 
 # arm64: arch/arm64/include/asm/{pgtable,pgtable-hwdef,pgtable-prot}.h, arch/arm64/mm/mmap.c. Physical addresses below
-# 2^50 (without LPA2 and 52-bit addresses); a CPU without EPAN, whose execute-only mappings are readable; VMAs without
-# MTE, GCS and overlays.
+# 2^50 (2^48 through v6.8), without LPA2 and 52-bit addresses; a CPU without EPAN, whose execute-only mappings are
+# readable; VMAs without MTE, GCS and overlays.
 _ARM_VALID, _ARM_PAGE, _ARM_USER, _ARM_RDONLY = 1, 3, 1 << 6, 1 << 7
 _ARM_SH, _ARM_AF, _ARM_NG = 3 << 8, 1 << 10, 1 << 11
 _ARM_GP, _ARM_WRITE, _ARM_CONT, _ARM_PXN, _ARM_UXN, _ARM_DIRTY = (1 << n for n in (50, 51, 52, 53, 54, 55))

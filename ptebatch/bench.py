@@ -19,9 +19,11 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -31,18 +33,27 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from ptebatch import _measure, live, memory
-from ptebatch.arch import X86_64, PteLayout, is_cow_mapping
+from ptebatch import _measure, batch, live, memory
+from ptebatch.arch import (
+    VM_EXEC,
+    VM_READ,
+    VM_WRITE,
+    X86_64,
+    PteLayout,
+    is_cow_mapping,
+    pte_modify,
+    vm_get_page_prot,
+)
 from ptebatch.capture import Capture, capture
 from ptebatch.errors import ArgumentError, PermissionDeniedError, StateError
 from ptebatch.folio import tally
 from ptebatch.fork import ForkPlan, ForkStats
-from ptebatch.mm import Mm, none_tables, pte_pfns
+from ptebatch.mm import MM_SWAPENTS, Mm, none_tables, pte_pfns, swap_keys
 from ptebatch.peers import NAIVE, Peer, available, flatten, kernel_layout
 from ptebatch.protect import wrprotect_range
 from ptebatch.semantics import LATEST, KernelSemantics, running
 from ptebatch.semantics import get as preset
-from ptebatch.workload import Workload, format_size, parse
+from ptebatch.workload import PIECE, Workload, format_size, parse
 
 __all__ = [
     "FOLIOS", "SCHEMA", "Case", "ForkCheck", "compare", "environment", "load", "measure", "rows", "run_bench",
@@ -257,6 +268,7 @@ class ForkCheck:
         new = self._pfns[at] != pages
         before = (np.where(new, 0, counts[at]) for counts in self._before)
         mapcounts, refcounts = (after - old for after, old in zip(self._counts(pages), before, strict=True))
+        swapped = len(swap_keys(layout, child.entries.reshape(-1), self._plan.semantics))
         writable = (child.entries | parent) & np.uint64(layout.write) != 0
         rules = {
             "nothing was copied": not present.any(),
@@ -265,12 +277,17 @@ class ForkCheck:
             "private memory is writable": (cow & shared & writable).any(),
             "mapcounts differ from the child's entries": (mapcounts != maps).any(),
             "refcounts differ from the child's entries": (refcounts != references).any(),
-            "rss differs from the child's entries": int(child.rss.sum()) != len(pfns),
+            "rss differs from the child's entries": int(child.rss.sum()) != len(pfns) + swapped
+            or child.rss[MM_SWAPENTS] != swapped,
             "statistics differ from the child's entries": stats.ptes_present != int(np.count_nonzero(present)),
         }
         broken = [rule for rule, is_broken in rules.items() if is_broken]
         if broken:
             raise StateError(f"the benchmark's fork went wrong: {', '.join(broken)}; please report this")
+
+
+def _plan(mm: Mm, semantics: KernelSemantics, *, batching: bool | None = None, keep: bool = True) -> ForkPlan:
+    return ForkPlan(mm, semantics=semantics, batching=batching, keep=keep)
 
 
 def core_case(plan: ForkPlan) -> Case:
@@ -340,7 +357,7 @@ def peer_cases(some: Iterable[Peer], mm: Mm, semantics: KernelSemantics, area: A
     """
     start, end = area or (None, None)
     before = flatten(mm, start=start, end=end)
-    plan = ForkPlan(mm, semantics=semantics, keep=True)
+    plan = _plan(mm, semantics)
     plan.run()
     after = flatten(mm, plan.child, start=start, end=end)
     plan.reset()
@@ -365,7 +382,7 @@ def peer_cases(some: Iterable[Peer], mm: Mm, semantics: KernelSemantics, area: A
 
 def memory_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
     """Return single and batched path, streaming limit and pool, on one address space that they share."""
-    single, batched = (ForkPlan(mm, semantics=semantics, batching=on, keep=True) for on in (False, None))
+    single, batched = (_plan(mm, semantics, batching=on) for on in (False, None))
     core = [core_case(single), core_case(batched)]
     entries = [_present(mm, context.src_vma.start, context.src_vma.end) for context in batched.contexts]
     return [*core, *limit_cases(np.concatenate(entries), mm.layout), pool_case(batched, core[0].ptes)]
@@ -428,7 +445,10 @@ def _real_cases(real: _Real) -> list[Case]:
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
-KEYS = ("memory", "operation", "size_bytes", "folio_bytes", "order", "mapping", "arch", "semantics", "source", "path")
+KEYS = (
+    "memory", "operation", "size_bytes", "folio_bytes", "order", "mapping", "arch", "semantics", "source", "path",
+    "level", "threads",
+)  # fmt: skip
 """What makes two rows of two documents the same measurement."""
 
 
@@ -565,34 +585,50 @@ def _commit() -> str:
 
 
 # --- against the limit ------------------------------------------------------------------------------------------------
-LIMIT_SIZES = (128 << 20, 1 << 30, 64 << 30)
-LIMIT_ROUNDS = {128 << 20: 75, 1 << 30: 25, 64 << 30: 7}
+GIB, TIB = 1 << 30, 1 << 40
+LIMIT_SIZES = (128 << 20, GIB, 64 * GIB)
+LIMIT_ROUNDS = {128 << 20: 75, GIB: 25, 64 * GIB: 7, TIB: 3}
 TARGETS: dict[tuple[int, int | str], tuple[float, float | None]] = {
     (128 << 20, 0): (14, 9.5), (128 << 20, 2): (8, 6), (128 << 20, 4): (4.2, 3.2), (128 << 20, 9): (3, 2.3),
-    (1 << 30, 0): (11, 8), (1 << 30, 2): (6, 4.5), (1 << 30, 4): (3, 2.2), (1 << 30, 9): (2.4, 1.8),
-    (64 << 30, 0): (10, 8), (64 << 30, 2): (3.6, 2.6), (64 << 30, 4): (2.6, 1.9), (64 << 30, 9): (2.7, 1.9),
-    (64 << 30, "mixed"): (5, None),
+    (GIB, 0): (11, 8), (GIB, 2): (6, 4.5), (GIB, 4): (3, 2.2), (GIB, 9): (2.4, 1.8),
+    (64 * GIB, 0): (10, 8), (64 * GIB, 2): (3.6, 2.6), (64 * GIB, 4): (2.6, 1.9), (64 * GIB, 9): (2.7, 1.9),
+    (64 * GIB, "mixed"): (5, None),
 }  # fmt: skip
 """What the batched path must reach, and aims at, as multiples of the streaming limit: by size and order.
 
 The single path of order 0 has the same targets: nothing can be batched there.
 """
+TARGET_ORDERS = (0, 2, 4, 9)
 PEER_TARGETS: dict[str, dict[int, float]] = {
     "naive": {0: 100, 2: 200, 4: 400, 9: 400},
     "numpy": {0: 6, 2: 10, 4: 20, 9: 18},
     "numba": {0: 2.8, 2: 4.5, 4: 8, 9: 5},
 }
 """How many times a peer's time per entry must be that of the batched core at 1 GiB, by order."""
+SINGLE_MUST = 1.02
+"""What the batched path of order 0 may take, where nothing can be batched, as a multiple of the single path."""
+AVX2_MUST, SCALAR_MUST = 1.5, 1.0
+"""What the AVX2 level may take as a multiple of AVX-512, and the scalar one of the fastest C peer, both at 1 GiB."""
+THREADS = 2
+SPEEDUP_MUST = {128 << 20: 0.98, GIB: 0.98, 64 * GIB: 1.7}
+"""How many times as fast as one thread two must be; small forks no slower, but for what two equal runs differ by."""
+METADATA_MUST = 16
+"""Bytes of memmap for each page of the sections in use."""
 PLAIN_ORDER = 4
+PROT_NONE = "PROT_NONE"
 OTHER_MEMORY = (
     "uffd_wp=0.5", "soft_dirty=0.5", "vma=file", "vma=shmem-guard", "shared=0.5", "readonly=0.5", "clean=0.5",
-    "pinned=0.01", "align=shifted",
+    "pinned=0.01", "align=shifted", "swap=0.1", "swap=0.01,granularity=page", PROT_NONE,
 )  # fmt: skip
 """Memory that is not plain, as keys of a workload: it may take `OTHER_MUST` times as long as plain memory."""
-OTHER_KERNELS = ("v6.9", "v6.12", "v6.18")
+OTHER_KERNELS = ("v6.6", "v6.8", "v6.9", "v6.10", "v6.12", "v6.15", "v6.18")
 OTHER_MUST = 2.0
 WRPROTECT_MUST = 2.0
 STREAM_CLEAR_VARIANTS = ("plain", "prefetch")
+HUGE_FOLIO = 64 << 10
+HUGE_RSS = 24 << 30
+HUGE_MUST = 1.3
+"""What an entry of more than 64 GiB may take as a multiple of one of 64 GiB, in at most `HUGE_RSS` of memory."""
 
 
 def run_limit(
@@ -604,84 +640,169 @@ def run_limit(
     semantics: KernelSemantics = LATEST,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Measure the core as a multiple of the streaming limit, beside what it is to reach.
+    """Measure the core as a multiple of the streaming limit, and all else that has a target, beside that target.
 
     Parameters
     ----------
     size : int, optional
-        Bytes of memory; all of `LIMIT_SIZES` when left out. With 1 GiB come memory that is not plain, other kernels
-        and write-protection.
+        Bytes of memory; all of `LIMIT_SIZES` when left out. With 1 GiB come peers, lower SIMD levels, memory that is
+        not plain, other kernels and write-protection. More than 64 GiB is measured in folios of 64 KiB only, beside
+        64 GiB, within `HUGE_RSS` bytes of memory.
     folios : sequence of int, optional
         Folio sizes in bytes. When left out: orders 0 to 9 and mixed, at 64 GiB those with a target.
     rounds : int, optional
     peers : bool
-        Also measure all peers, at 1 GiB or less.
+        Also measure all peers where nothing is expected of them: at every order, up to 1 GiB.
     semantics, progress
         See `run_bench`.
 
     Returns
     -------
     dict
-        As `run_bench`, with more keys in its rows: ``order`` is 0 to 9 or "mixed"; ``must`` and ``aim`` are multiples
-        of the limit, None where there is no target. Peers have ``x_core``, how many times as long as the batched core
-        they take, and ``must_x_core``, what that must be at least. What is not plain memory is named by ``memory``;
-        it has ``x_plain`` and ``must_x_plain``. Rows of write-protection have an ``operation``.
+        As `run_bench`, with more keys in its rows. ``order`` is 0 to 9 or "mixed". ``must`` and ``aim`` are multiples
+        of the limit, None where there is no target. Other figures have keys of their own, and their target one of that
+        name after ``must_`` (None where there is none): ``x_core`` (a peer as a multiple of the batched core) and
+        ``speedup`` (one thread as a multiple of several) must be that at least; ``x_single``, ``x_avx512``, ``x_c``
+        (the fastest C peer), ``x_plain``, ``x_64gib``, ``metadata_bytes_per_page`` and ``peak_rss_bytes`` at most. What
+        is not plain memory is named by ``memory``, a lower SIMD level by ``level``, more than one thread by
+        ``threads``, and what is no fork by ``operation``.
     """
+    if size is not None and size > 64 * GIB:
+        if folios not in (None, (HUGE_FOLIO,)):
+            raise ArgumentError(f"{format_size(size)}: more than 64GiB is measured in folios of 64KiB only")
+        return _document("limit", *_more_than_64_gib(size, rounds or LIMIT_ROUNDS[TIB], semantics, progress))
     todo = []
     for bytes_ in LIMIT_SIZES if size is None else (size,):
         chosen: list[tuple[int, ...]] = [(folio,) for folio in folios or ()]
         if folios is None:
             chosen = [*((PAGE << order,) for order in range(10)), MIXED]
-            if bytes_ > 1 << 30:
-                chosen = [folio for folio in chosen if (64 << 30, _order_of(folio)) in TARGETS]
+            if bytes_ > GIB:
+                chosen = [folio for folio in chosen if (64 * GIB, _order_of(folio)) in TARGETS]
         todo += [(bytes_, folio, rounds or LIMIT_ROUNDS.get(bytes_, ROUNDS)) for folio in chosen]
-    plain = [repeats for bytes_, folio, repeats in todo if (bytes_, _order_of(folio)) == (1 << 30, PLAIN_ORDER)]
+    plain = [repeats for bytes_, folio, repeats in todo if (bytes_, _order_of(folio)) == (GIB, PLAIN_ORDER)]
     total = sum(repeats + 2 for _, _, repeats in todo) + sum(repeats + 2 for repeats in plain)
     tick = _Ticker(progress, total)
     found: list[Row] = []
     for bytes_, folio, repeats in todo:
+        order = _order_of(folio)
         mm = Workload(size=bytes_, folio=folio).build()
         cases = memory_cases(mm, semantics)
-        if peers and bytes_ <= 1 << 30:
+        with_target = order in TARGET_ORDERS
+        if bytes_ == GIB and with_target:
+            cases += _level_cases(mm, semantics)
+        if bytes_ <= GIB and (peers or (bytes_ == GIB and with_target)):
             cases += peer_cases(available(), mm, semantics)
         tick()
         measure(cases, repeats, tick)
-        named = {"size_bytes": bytes_, "folio_bytes": None if len(folio) > 1 else folio[0], "order": _order_of(folio)}
-        found += _with_targets(_rows(cases, mm, semantics, **named))
+        named = {"size_bytes": bytes_, "folio_bytes": None if len(folio) > 1 else folio[0], "order": order}
+        found += _with_targets(_rows(cases, mm, semantics, **named), mm)
         del mm, cases
-        if (bytes_, _order_of(folio)) == (1 << 30, PLAIN_ORDER):
+        if (bytes_, order) == (GIB, PLAIN_ORDER):
             found += _not_plain(bytes_, folio, repeats, semantics, tick)
-    return {"schema": SCHEMA, "mode": "limit", "env": environment(), "rows": found, "bound": [], "notes": []}
+    return _document("limit", found, _missing(found, todo))
+
+
+def _document(mode: str, found: list[Row], notes: list[str]) -> dict[str, Any]:
+    return {"schema": SCHEMA, "mode": mode, "env": environment(), "rows": found, "bound": [], "notes": notes}
+
+
+def _missing(found: list[Row], todo: Iterable[tuple[int, tuple[int, ...], int]]) -> list[str]:
+    """Say what has a target and could not be measured here."""
+    notes = []
+    gib = any(bytes_ == GIB and _order_of(folio) in TARGET_ORDERS for bytes_, folio, _ in todo)
+    if gib and not any(row["source"] == "numba" for row in found):
+        notes.append("no figures of Numba, which is not installed: pip install 'ptebatch[numba]'")
+    if gib and not any(row.get("level") == "avx2" for row in found):
+        notes.append("no figures of AVX2 beside AVX-512: this CPU lacks one, or PTEBATCH_SIMD chose another level")
+    return notes
 
 
 def _order_of(folio: Sequence[int]) -> int | str:
     return _order(folio[0]) if len(folio) == 1 else "mixed"
 
 
-def _with_targets(found: list[Row]) -> list[Row]:
-    core = next(row["ns_per_pte"] for row in found if (row["source"], row["path"]) == ("core", "batched"))
+def _level_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
+    """Return the batched path at each SIMD level below the one in use."""
+    have = _measure.supported()
+    return [_level_case(mm, semantics, level) for level in have[: have.index(simd_level())]]
+
+
+def _level_case(mm: Mm, semantics: KernelSemantics, level: str) -> Case:
+    number = batch._level(level)
+
+    def at_level(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            before, batch.simd_level = batch.simd_level, number
+            try:
+                return function(*args)
+            finally:
+                batch.simd_level = before
+
+        return run
+
+    case = core_case(at_level(lambda: _plan(mm, semantics))())
+    case.row["level"] = level
+    case.run = at_level(case.run)
+    return case
+
+
+def _with_targets(found: list[Row], mm: Mm) -> list[Row]:
+    """Give each row its ratios and what these must be."""
+    core = {row["path"]: row for row in found if row["source"] == "core" and not {"level", "threads"} & set(row)}
+    batched = core["batched"]["ns_per_pte"]
+    c = min((row["ns_per_pte"] for row in found if row["source"] == "c"), default=None)
     for row in found:
+        size, order, ns = row["size_bytes"], row["order"], row["ns_per_pte"]
         row["must"] = row["aim"] = None
-        if row["source"] == "core" and (row["path"] == "batched" or row["order"] == 0):
-            row["must"], row["aim"] = TARGETS.get((row["size_bytes"], row["order"]), (None, None))
-        elif row["source"] not in ("core", "limit", "pool"):
-            row["x_core"] = row["ns_per_pte"] / core
+        if "threads" in row:
+            row["speedup"], row["must_speedup"] = batched / ns, SPEEDUP_MUST.get(size) if order != "mixed" else None
+        elif "level" in row:
+            if row["level"] == "avx2" and simd_level() == "avx512":
+                row["x_avx512"], row["must_x_avx512"] = ns / batched, AVX2_MUST
+            if row["level"] == "scalar" and c is not None:
+                row["x_c"], row["must_x_c"] = ns / c, SCALAR_MUST
+        elif row["source"] == "core":
+            if row["path"] == "batched" or order == 0:
+                row["must"], row["aim"] = TARGETS.get((size, order), (None, None))
+        elif row["source"] not in ("limit", "pool"):
+            row["x_core"] = ns / batched
             of_source: dict[int, float] = PEER_TARGETS.get(row["source"], {})
-            row["must_x_core"] = of_source.get(row["order"]) if row["size_bytes"] == 1 << 30 else None
+            row["must_x_core"] = of_source.get(order) if size == GIB else None
+    if found[0]["order"] == 0:
+        row = core["batched"]
+        row["x_single"], row["must_x_single"] = batched / core["single"]["ns_per_pte"], SINGLE_MUST
+    _with_memory(core["batched"], mm)
     return found
+
+
+def _with_memory(row: Row, mm: Mm) -> None:
+    pages, index = mm.folios.metadata_bytes()
+    row["metadata_bytes_per_page"], row["must_metadata_bytes_per_page"] = pages, METADATA_MUST
+    row["index_bytes_per_page"] = index
+
+
+def _prot_none(mm: Mm) -> Mm:
+    """Take all rights away, as mprotect(PROT_NONE) does; all entries but for their PFNs are the same."""
+    (vma,) = mm.vmas
+    vma.vm_flags &= ~(VM_READ | VM_WRITE | VM_EXEC)
+    layout, first = mm.layout, int(mm.entries[0, 0])
+    changed = pte_modify(layout, first, vm_get_page_prot(layout, vma.vm_flags))
+    mm.entries[mm.entries != layout.none_value] ^= np.uint64(first ^ changed)  # if it inverts the PFN, it inverts each
+    return mm
 
 
 def _not_plain(
     size: int, folio: tuple[int, ...], rounds: int, semantics: KernelSemantics, tick: Callable[[], object]
 ) -> list[Row]:
-    """Measure the batched core on memory that is not plain and for other kernels, and write-protection."""
+    """Measure the core on memory that is not plain and for other kernels, and write-protection."""
     text = f"size={size},folio={folio[0]}"
     mm = parse(text).build()
-    plans = {"plain": ForkPlan(mm, semantics=semantics, keep=True)}
+    plans = {"plain": _plan(mm, semantics)}
     for keys in OTHER_MEMORY:
-        plans[keys] = ForkPlan(parse(f"{text},{keys}").build(), semantics=semantics, keep=True)
+        other = _prot_none(parse(text).build()) if keys == PROT_NONE else parse(f"{text},{keys}").build()
+        plans[keys] = _plan(other, semantics)
     for kernel in OTHER_KERNELS:
-        plans[kernel] = ForkPlan(mm, semantics=preset(kernel), keep=True)
+        plans[kernel] = _plan(mm, preset(kernel))
     cases = [core_case(plan) for plan in plans.values()]
     for name, plan, case in zip(plans, plans.values(), cases, strict=True):
         case.row |= {"memory": name, "semantics": plan.semantics.label}
@@ -731,6 +852,107 @@ def _wrprotect_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
         for variant in STREAM_CLEAR_VARIANTS
     ]  # fmt: skip
     return [core, *limits]
+
+
+# --- more memory than there can be copies of --------------------------------------------------------------------------
+def _more_than_64_gib(
+    size: int, rounds: int, semantics: KernelSemantics, progress: Progress
+) -> tuple[list[Row], list[str]]:
+    """Measure the batched core on `size` beside 64 GiB, both restored in place; within `HUGE_RSS` bytes of memory."""
+    tick = _Ticker(progress, rounds + 4)
+    sizes = (64 * GIB, size)
+    with _address_space(HUGE_RSS):
+        cases: dict[int, list[Case]] = {}
+        memmaps = []
+        for bytes_ in sizes:
+            workload = Workload(size=bytes_, folio=(HUGE_FOLIO,))
+            plan = _plan(workload.build(), semantics, keep=False)
+            cases[bytes_] = _in_place_cases(workload, plan)
+            memmaps.append(plan.mm)
+            tick()
+        measure([case for some in cases.values() for case in some], rounds, tick)
+    found = []
+    named = {"folio_bytes": HUGE_FOLIO, "order": PLAIN_ORDER}
+    for bytes_, mm in zip(sizes, memmaps, strict=True):
+        some = _rows(cases[bytes_], mm, semantics, size_bytes=bytes_, **named)
+        for row in some:
+            row["must"] = row["aim"] = None
+        _with_memory(some[0], mm)
+        found += some
+    small, large = (next(row for row in found if (row["source"], row["size_bytes"]) == ("core", b)) for b in sizes)
+    small["must"], small["aim"] = TARGETS.get((sizes[0], PLAIN_ORDER), (None, None))
+    large["x_64gib"], large["must_x_64gib"] = large["ns_per_pte"] / small["ns_per_pte"], HUGE_MUST
+    large["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    large["must_peak_rss_bytes"] = HUGE_RSS
+    tick()
+    return found, []
+
+
+@contextmanager
+def _address_space(most: int) -> Iterator[None]:
+    """Let this process have `most` bytes of address space at most: what needs more fails instead of swapping."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bounds = [bound for bound in (most, soft, hard) if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _in_place_cases(workload: Workload, plan: ForkPlan) -> list[Case]:
+    """Return the fork of plain memory, the streaming limit over the same tables, and the pool: without any copy."""
+    mm, child, level = plan.mm, plan.child, simd_level()
+    layout, ptes = mm.layout, workload.size // PAGE
+
+    def reset() -> None:
+        workload.restore(mm)
+        child.entries.fill(layout.none_value)
+        child.rss.fill(0)
+
+    core = Case({"source": "core", "path": "batched"}, ptes, reset, plan.run, InPlaceCheck(plan))
+    src, dst = mm.entries.reshape(-1), child.entries.reshape(-1)
+
+    def check(_: None) -> None:
+        for at in range(0, len(src), PIECE):
+            one, other = src[at : at + PIECE], dst[at : at + PIECE]
+            if (one & np.uint64(layout.write)).any() or (other != one & ~np.uint64(layout.young)).any():
+                raise StateError("the streaming loop went wrong; please report this")
+
+    limits = [
+        Case({"source": "limit", "path": "limit", "variant": variant, "simd": level}, ptes, reset,
+             functools.partial(_measure.py_stream, src, dst, layout.write, layout.young, level, variant), check)
+        for variant in _measure.STREAM_VARIANTS
+    ]  # fmt: skip
+    return [core, *limits, pool_case(plan, ptes)]
+
+
+class InPlaceCheck:
+    """`ForkCheck` for plain memory, piece by piece and without a look at what was before.
+
+    Every entry of the parent is present and not writable, the child's is the same and old, every page is mapped twice
+    and not exclusive, and its folio has a reference for each of its mappings; so have rss and the statistics.
+    """
+
+    def __init__(self, plan: ForkPlan) -> None:
+        self._plan = plan
+
+    def __call__(self, stats: ForkStats) -> None:
+        """Check what ``plan.run()`` did and returned; StateError if that is wrong."""
+        mm, child = self._plan.mm, self._plan.child
+        layout, folios = mm.layout, mm.folios
+        src, dst = mm.entries.reshape(-1), child.entries.reshape(-1)
+        nr = int(mm.rss.sum())
+        right = stats.ptes_present == nr == int(child.rss.sum()) and (child.vpns == mm.vpns).all()
+        for at in range(0, nr, PIECE):
+            one, other = src[at : min(nr, at + PIECE)], dst[at : min(nr, at + PIECE)]
+            present, pfns = pte_pfns(layout, one)
+            right = right and present.all() and not (one & np.uint64(layout.write)).any()
+            right = right and (other == one & ~np.uint64(layout.young)).all()
+            right = right and (folios.mapcounts(pfns) == 2).all() and not folios.flags(pfns, "anon_exclusive").any()
+            right = right and (folios.refcounts(pfns) == 2 << folios.orders(pfns)).all()
+        if not right:
+            raise StateError("the benchmark's fork went wrong; please report this")
 
 
 # --- the kernel's memory layout ---------------------------------------------------------------------------------------
@@ -783,7 +1005,7 @@ def run_kernel_layout(
 
 def _operations(mm: Mm, semantics: KernelSemantics, batched: bool) -> Row:
     """Operations for each entry, as the model counts them, and the locked instructions they are made of."""
-    plan = ForkPlan(mm, semantics=semantics, batching=batched, keep=True)
+    plan = _plan(mm, semantics, batching=batched)
     stats = plan.run()
     plan.reset()
     large = bool(mm.folios.orders(_mapped(mm)[1][:1])[0])
@@ -921,7 +1143,7 @@ def _look_at(mapping: _Mapping, pid: int, address: int, size: int, semantics: Ke
         )
     if mapping.pmd:
         return
-    single, batched = (ForkPlan(mm, semantics=semantics, batching=on, keep=True) for on in (False, None))
+    single, batched = (_plan(mm, semantics, batching=on) for on in (False, None))
     stats = batched.run()
     mapping.ops = {name: getattr(stats, name) / stats.ptes_present for name in OPS}
     batched.reset()

@@ -420,7 +420,8 @@ def bench(
         typer.Option(
             "--limit",
             help="Compare with the streaming limit and with what is to be reached, for folio orders 0 to 9 and mixed. "
-            "[default size: 128MiB, 1GiB and 64GiB, which needs 12 GiB of memory]",
+            "1GiB also with peers, other memory and kernels; 1TiB beside 64GiB, in 12 GiB of memory. [default size: "
+            "128MiB, 1GiB and 64GiB]",
         ),
     ] = False,
     kernel_layout: Annotated[

@@ -578,6 +578,14 @@ class FolioTable:
         n = self._nr_sections * SECTION_PAGES
         return int(np.count_nonzero(self._words[:n] >> np.uint64(VALID_BIT)))
 
+    def metadata_bytes(self) -> tuple[float, float]:
+        """Bytes for each page of the sections in use: of the pages' own, and of the index to them."""
+        pages = self._nr_sections * SECTION_PAGES
+        if not pages:
+            return 0.0, 0.0
+        index = sum(array.nbytes for array in (self._top, self._sub, self._section_of))
+        return (self._words.nbytes + self._aux.nbytes) / pages, index / pages
+
     def heads(self) -> I64:
         """Head PFNs of all folios, ascending, int64."""
         index = self._valid()

@@ -37,6 +37,7 @@ __all__ = [
     "inferred_text",
     "kernel_layout_tables",
     "live_tables",
+    "limit_notes",
     "limit_tables",
     "ktap",
     "pairs_table",
@@ -351,51 +352,120 @@ def bench_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
     return tables
 
 
+def _mark(value: float, must: float | None, aim: float | None = None, *, least: bool = False) -> str:
+    """Say whether a figure is what it must be."""
+    if must is None:
+        return ""
+    if least:
+        return "met" if value >= must else "below"
+    return "over" if value > must else "aim" if aim is not None and value <= aim else "met"
+
+
 def limit_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
     """What `ptebatch.bench.run_limit` measured: headings and tables.
 
-    The core as a multiple of the streaming limit; peers as a multiple of the core; other memory as a multiple of plain
-    memory. Each beside what it must reach, with a mark where it does not.
+    The core as a multiple of the streaming limit; then ratios of other kinds, topic by topic. Each beside what it must
+    be, and whether it is: "met", "aim" where what is aimed at is reached too, "over" or "below" where it is not.
     """
+    main = _table("size", "order", "single", "batched", "limit", "pool", "x single", "x batched", "must", "aim", "")
+    for (size, order), group in _by_size_and_order(rows).items():
+        plain = [row for row in group if not {"level", "threads"} & set(row)]
+        columns = (("core", "single"), ("core", "batched"), ("limit", "limit"), ("pool", "pool"))
+        found = {key: row for row in plain for key in columns if (row["source"], row["path"]) == key}
+        must, aim = found["core", "batched"]["must"], found["core", "batched"]["aim"]
+        core = [found[key] for key in columns[:2] if key in found]
+        marks = [_mark(row["x_limit"], row["must"], row["aim"]) for row in core]
+        _add(
+            main, format_size(size), str(order),
+            *(format_ns(found[key]["ns_per_pte"] if key in found else None) for key in columns),
+            *(f"{found[key]['x_limit']:.2f}" if key in found else "-" for key in columns[:2]),
+            _target(must), _target(aim), next((mark for mark in ("over", "met", "aim") if mark in marks), ""),
+        )  # fmt: skip
+    tables = [("the core as a multiple of the streaming limit; ns per PTE", main)]
+    for title, heading, what, keys in LIMIT_RATIOS:
+        table = _table("size", "order", *([what] if what else []), "ns", heading, "must", "", left=(what,))
+        for row in rows:
+            for key in keys:
+                if key in row:
+                    must, least = row.get(f"must_{key}"), key in LEAST
+                    name = [_ratio_of(row, key)] if what else []
+                    _add(
+                        table, format_size(row["size_bytes"]), str(row["order"]), *name, format_ns(row["ns_per_pte"]),
+                        _amount(key, row[key]), "-" if must is None else _amount(key, must, "g"),
+                        _mark(row[key], must, least=least),
+                    )  # fmt: skip
+        if table.row_count:
+            tables.append((title, table))
+    writes = _table("operation", "ns", "x limit", "must", "", left=("operation",))
+    for row in rows:
+        if "operation" in row and row["source"] == "core":
+            cells = (row["operation"], format_ns(row["ns_per_pte"]), f"{row['x_limit']:.2f}", _target(row["must"]))
+            _add(writes, *cells, _mark(row["x_limit"], row["must"]))
+    if writes.row_count:
+        tables.append(("beside its own streaming loop", writes))
+    return tables
+
+
+LEAST = ("x_core", "speedup")
+"""Ratios that must be that much at least; all others at most."""
+LIMIT_RATIOS = (
+    ("peers as a multiple of the batched core", "x core", "peer", ("x_core",)),
+    ("order 0, batched as a multiple of single", "x single", "", ("x_single",)),
+    ("lower SIMD levels", "ratio", "level", ("x_avx512", "x_c")),
+    ("two threads: how many times as fast as one", "times", "", ("speedup",)),
+    ("memory that is not plain, and other kernels", "x plain", "copy of", ("x_plain",)),
+    ("more than 64 GiB", "x 64GiB", "", ("x_64gib",)),
+    ("memory", "bytes", "of what", ("metadata_bytes_per_page", "peak_rss_bytes")),
+)
+"""Tables of ratios: title, heading of the ratio, of what says whose it is (none where there is one kind), keys."""
+
+
+def _by_size_and_order(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[int, Any], list[Mapping[str, Any]]]:
+    """Group rows of forks of plain memory for the preset asked for."""
     groups: dict[tuple[int, Any], list[Mapping[str, Any]]] = {}
     for row in rows:
         if "memory" not in row and "operation" not in row:
             groups.setdefault((row["size_bytes"], row["order"]), []).append(row)
-    main = _table("size", "order", "single", "batched", "limit", "x single", "x batched", "must", "aim", "")
-    peers = _table("size", "order", "peer", "path", "ns", "x core", "must", "", left=("peer", "path"))
-    for (size, order), group in groups.items():
-        single, batched = (_one(group, "core", path) for path in ("single", "batched"))
-        limit = _one(group, "limit", "limit")
-        _add(
-            main, format_size(size), str(order), *(format_ns(row["ns_per_pte"]) for row in (single, batched, limit)),
-            *(f"{row['x_limit']:.2f}" for row in (single, batched)), _target(batched["must"]), _target(batched["aim"]),
-            "over" if any(row["must"] and row["x_limit"] > row["must"] for row in (single, batched)) else "",
-        )  # fmt: skip
-        for row in group:
-            if "x_core" in row:
-                must = row["must_x_core"]
-                _add(
-                    peers, format_size(size), str(order), row["source"], row["path"], format_ns(row["ns_per_pte"]),
-                    f"{row['x_core']:.2f}", _target(must), "below" if must and row["x_core"] < must else "",
-                )  # fmt: skip
-    tables = [("the core as a multiple of the streaming limit", main)]
-    if peers.row_count:
-        tables.append(("peers as a multiple of the batched core", peers))
-    others = _table("batched copy of", "kernel", "ns", "x plain", "must", "", left=("batched copy of",))
-    writes = _table("operation", "ns", "x limit", "must", "", left=("operation",))
+    return groups
+
+
+def _amount(key: str, value: float, digits: str = ".2f") -> str:
+    """Spell a ratio, or bytes if they are many."""
+    return f"{value / (1 << 30):{digits}} GiB" if key == "peak_rss_bytes" else f"{value:{digits}}"
+
+
+def _ratio_of(row: Mapping[str, Any], key: str) -> str:
+    """Whose ratio it is."""
+    if key == "x_plain":
+        kernel = "" if row["memory"] != row["semantics"] or row["path"] == "batched" else " (not batched)"
+        return f"{row['memory']}{kernel}"
+    if key in ("x_avx512", "x_c"):
+        return f"{row['level']} to {'AVX-512' if key == 'x_avx512' else 'C'}"
+    if key in ("metadata_bytes_per_page", "peak_rss_bytes"):
+        return "memmap, per page" if key == "metadata_bytes_per_page" else "peak resident"
+    return f"{row['source']} {row['path']}"
+
+
+def limit_notes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say how many targets are met, and which are not."""
+    met, missed = 0, []
     for row in rows:
-        if "memory" in row and row["source"] == "core":
-            must = row["must_x_plain"]
-            _add(
-                others, row["memory"], row["semantics"], format_ns(row["ns_per_pte"]), f"{row['x_plain']:.2f}",
-                _target(must), "over" if must and row["x_plain"] > must else "",
-            )  # fmt: skip
-        elif "operation" in row and row["source"] == "core":
-            cells = (row["operation"], format_ns(row["ns_per_pte"]), f"{row['x_limit']:.2f}", _target(row["must"]))
-            _add(writes, *cells, "over" if row["x_limit"] > row["must"] else "")
-    if others.row_count:
-        tables += [("memory that is not plain, and other kernels", others), ("beside its own streaming loop", writes)]
-    return tables
+        name = " ".join(
+            [format_size(row["size_bytes"]), f"order {row['order']}", row["source"], row["path"]]
+            + [str(row[key]) for key in ("level", "memory", "operation") if key in row]
+            + [f"{row['threads']} threads" for _ in range("threads" in row)]
+        )
+        musts = {"x_limit" if key == "must" else key.removeprefix("must_"): must
+                 for key, must in row.items() if key.startswith("must") and must is not None}  # fmt: skip
+        for key, must in musts.items():
+            if _mark(row[key], must, least=key in LEAST) == "met":
+                met += 1
+                continue
+            bound = "at least" if key in LEAST else "at most"
+            amounts = _amount(key, row[key]), _amount(key, must, "g")
+            missed.append(f"- {name}: {key} is {amounts[0]}, must be {bound} {amounts[1]}")
+    head = f"{met} of {met + len(missed)} targets are met{'; not met:' if missed else ''}"
+    return "\n".join([head, *missed])
 
 
 def kernel_layout_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
@@ -655,7 +725,7 @@ _NO_ROW: Mapping[str, Any] = {"source": "", "path": None}
 
 BENCH: dict[str, tuple[Any, Any]] = {
     "bench": (bench_tables, bench_notes),
-    "limit": (limit_tables, None),
+    "limit": (limit_tables, limit_notes),
     "kernel-layout": (kernel_layout_tables, lambda rows: KERNEL_LAYOUT_NOTES),
     "compare": (compare_tables, lambda rows: COMPARE_NOTES),
     "live": (live_tables, lambda rows: LIVE_NOTES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import types
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptebatch import _measure, bench, live
+from ptebatch import _measure, arch, batch, bench, live
 from ptebatch.errors import ArgumentError, PermissionDeniedError, StateError
 from ptebatch.fork import ForkPlan
 from ptebatch.mm import Mm
@@ -123,11 +124,12 @@ def test_limit_rows_have_their_targets(monkeypatch):
         size=4 << 20, folios=(4096, 65536), rounds=1, peers=True, progress=lambda *step: seen.append(step)
     )
     assert (list(done), done["mode"]) == (["schema", "mode", "env", "rows", "bound", "notes"], "limit")
-    targets = {(row["source"], row["order"], row["path"]): (row["must"], row["aim"]) for row in done["rows"]}
+    plain = [row for row in done["rows"] if not {"level", "threads"} & set(row)]
+    targets = {(row["source"], row["order"], row["path"]): (row["must"], row["aim"]) for row in plain}
     assert targets["core", 0, "single"] == targets["core", 0, "batched"] == (11, 8)
     assert targets["core", 4, "single"] == (None, None)  # what is not batched is not to reach what batching does
     assert targets["core", 4, "batched"] == (3, 2.2)
-    by = {(row["source"], row["order"], row["path"]): row for row in done["rows"]}
+    by = {(row["source"], row["order"], row["path"]): row for row in plain}
     naive, core = by["naive", 4, "single"], by["core", 4, "batched"]
     assert naive["x_core"] == pytest.approx(naive["ns_per_pte"] / core["ns_per_pte"])
     assert naive["must_x_core"] is None  # has one at 1 GiB only
@@ -137,7 +139,9 @@ def test_limit_rows_have_their_targets(monkeypatch):
 
 
 def test_limit_measures_mixed_folios_and_every_order_by_default():
-    rows = bench.run_limit(size=16 << 20, rounds=1)["rows"]
+    done = bench.run_limit(size=16 << 20, rounds=1)
+    assert done["notes"] == []
+    rows = done["rows"]
     assert {row["order"] for row in rows} == {*range(10), "mixed"}
     assert {row["folio_bytes"] for row in rows if row["order"] == "mixed"} == {None}
     assert {row["must"] for row in rows} == {None}
@@ -151,10 +155,156 @@ def test_memory_that_is_not_plain_is_measured_beside_plain_memory():
     assert [row["memory"] for row in core] == ["plain", *bench.OTHER_MEMORY, *bench.OTHER_KERNELS]
     assert all(row["x_plain"] == pytest.approx(row["ns_per_pte"] / core[0]["ns_per_pte"]) for row in core)
     assert [row["must_x_plain"] for row in core] == [None, *[bench.OTHER_MUST] * (len(core) - 1)]
-    assert [row["semantics"] for row in core[-3:]] == list(bench.OTHER_KERNELS)
+    kernels = core[-len(bench.OTHER_KERNELS) :]
+    assert [row["semantics"] for row in kernels] == list(bench.OTHER_KERNELS)
+    assert [row["path"] for row in kernels] == ["single"] * 2 + ["batched"] * (len(kernels) - 2)
     write, stream = (row for row in rows if row.get("operation") == "wrprotect_range")
     assert (write["source"], stream["source"], write["ptes"]) == ("core", "limit", 2048)
     assert write["x_limit"] == pytest.approx(write["ns_per_pte"] / stream["ns_per_pte"])
+
+
+@pytest.fixture
+def little(monkeypatch) -> int:
+    """Bytes of memory that take the place of 1 GiB."""
+    monkeypatch.setattr(bench, "GIB", 16 << 20)
+    monkeypatch.setattr(bench, "TARGETS", {(16 << 20, order): (11, 8) for order in bench.TARGET_ORDERS})
+    monkeypatch.setattr(bench, "SPEEDUP_MUST", {16 << 20: 0.98})
+    monkeypatch.setattr(bench, "NAIVE_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "_not_plain", lambda *args: [])  # has a test of its own
+    return 16 << 20
+
+
+def test_every_figure_that_has_a_target_is_measured(little):
+    done = bench.run_limit(size=little, rounds=1)
+    found: dict[str, list[dict]] = {}
+    for row in done["rows"]:
+        kind = "level" if "level" in row else "threads" if "threads" in row else f"{row['source']} {row['path']}"
+        found.setdefault(kind, []).append(row)
+    orders = {kind: [row["order"] for row in some] for kind, some in found.items()}
+    every = [*range(10), "mixed"]
+    assert all(orders[kind] == every for kind in ("core single", "core batched", "limit limit", "pool pool"))
+    for kind in ("naive single", "numpy single", "numpy batched", "c single", "c batched"):
+        assert orders[kind] == list(bench.TARGET_ORDERS)
+    assert [row["must_x_core"] for row in found["naive single"]] == [100, 200, 400, 400]
+    assert [row["must_x_core"] for row in found["numpy batched"]] == [6, 10, 20, 18]
+    assert [row["must_x_core"] for row in found["c single"]] == [None] * 4
+    if "numba single" in found:
+        assert [row["must_x_core"] for row in found["numba single"]] == [2.8, 4.5, 8, 5]
+    else:
+        assert any("Numba" in note for note in done["notes"])
+
+    batched = {row["order"]: row for row in found["core batched"]}
+    assert [order for order, row in batched.items() if row["must"] == 11] == list(bench.TARGET_ORDERS)
+    assert {row["must"] for row in batched.values()} == {11, None}
+    assert [order for order, row in batched.items() if "x_single" in row] == [0]
+    single, both = found["core single"][0]["ns_per_pte"], batched[0]["ns_per_pte"]
+    assert (batched[0]["x_single"], batched[0]["must_x_single"]) == (pytest.approx(both / single), 1.02)
+    for row in batched.values():
+        assert (row["metadata_bytes_per_page"], row["must_metadata_bytes_per_page"]) == (16, 16)
+        assert 0 < row["index_bytes_per_page"] < 20
+
+    if "threads" in found:
+        assert orders["threads"] == [0, 2, 4, 9, "mixed"]
+        for row in found["threads"]:
+            assert (row["threads"], row["source"], row["path"], row["must"]) == (2, "core", "batched", None)
+            assert row["speedup"] == pytest.approx(batched[row["order"]]["ns_per_pte"] / row["ns_per_pte"])
+            assert row["must_speedup"] == (None if row["order"] == "mixed" else 0.98)
+
+    levels = _measure.supported()[: _measure.supported().index(bench.simd_level())]
+    for level in levels:
+        assert [row["order"] for row in found["level"] if row["level"] == level] == list(bench.TARGET_ORDERS)
+    for row in found.get("level", ()):
+        core = batched[row["order"]]["ns_per_pte"]
+        c = min(one["ns_per_pte"] for path in ("single", "batched") for one in found[f"c {path}"]
+                if one["order"] == row["order"])  # fmt: skip
+        if row["level"] == "scalar":
+            assert (row["x_c"], row["must_x_c"]) == (pytest.approx(row["ns_per_pte"] / c), 1)
+        elif bench.simd_level() == "avx512":
+            assert (row["x_avx512"], row["must_x_avx512"]) == (pytest.approx(row["ns_per_pte"] / core), 1.5)
+    assert len({tuple(row.get(key) for key in bench.KEYS) for row in done["rows"]}) == len(done["rows"])
+
+
+def test_a_lower_level_is_the_one_that_runs(monkeypatch):
+    mm = make(size="1MiB")
+    case = bench._level_case(mm, bench.LATEST, "scalar")
+    seen = []
+    monkeypatch.setattr(bench.ForkPlan, "run", lambda plan: seen.append(batch.simd_level))
+    case = bench._level_case(mm, bench.LATEST, "scalar")
+    before = batch.simd_level
+    case.run()
+    assert (seen, batch.simd_level) == ([batch._level("scalar")], before)
+    monkeypatch.setattr(bench.ForkPlan, "run", lambda plan: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        bench._level_case(mm, bench.LATEST, "scalar").run()
+    assert batch.simd_level == before
+
+
+def test_what_cannot_be_measured_is_said(little, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(bench, "available", lambda: (bench.NAIVE,))
+    monkeypatch.setattr(bench, "simd_level", lambda: "scalar")
+    done = bench.run_limit(size=little, folios=(4096,), rounds=1)
+    assert [re.findall("Numba|AVX2|threads", note)[:1] for note in done["notes"]] == [["Numba"], ["AVX2"]]
+
+
+def test_all_rights_are_taken_away_and_the_pages_stay():
+    mm = bench._prot_none(make(size="1MiB", folio="64KiB"))
+    before = make(size="1MiB", folio="64KiB")
+    for old, new in zip(before.entries.reshape(-1)[:256].tolist(), mm.entries.reshape(-1)[:256].tolist(), strict=True):
+        assert arch.pte_protnone(mm.layout, new) and arch.pte_pfn(mm.layout, new) == arch.pte_pfn(mm.layout, old)
+        assert new == arch.pte_modify(mm.layout, old, arch.vm_get_page_prot(mm.layout, mm.vmas[0].vm_flags))
+    bench.measure([bench.core_case(ForkPlan(mm, keep=True))], 1)
+
+
+def test_more_than_64_gib_is_restored_in_place(monkeypatch):
+    monkeypatch.setattr(bench, "GIB", 64 << 10)
+    monkeypatch.setattr(bench, "HUGE_RSS", 1 << 60)  # sanitizers reserve address space
+    seen: list[tuple[int, int]] = []
+    done = bench.run_limit(size=8 << 20, rounds=2, progress=lambda *step: seen.append(step))
+    assert seen == [(n, 6) for n in range(1, 7)]
+    by = {(row["size_bytes"], row["source"]): row for row in done["rows"]}
+    sources = ("core", "limit", "pool")
+    assert set(by) == {(size, source) for size in (4 << 20, 8 << 20) for source in sources}
+    small, large = by[4 << 20, "core"], by[8 << 20, "core"]
+    assert (small["ptes"], large["ptes"], large["rounds"]) == (1024, 2048, 2)
+    assert large["x_64gib"] == pytest.approx(large["ns_per_pte"] / small["ns_per_pte"])
+    assert (large["must_x_64gib"], large["must_peak_rss_bytes"]) == (1.3, 1 << 60)
+    assert large["peak_rss_bytes"] > 10 << 20
+    with pytest.raises(ArgumentError, match="64KiB only"):
+        bench.run_limit(size=8 << 20, folios=(4096,))
+
+
+def test_the_bound_on_memory_is_taken_back():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with bench._address_space(1 << 50):
+        within = resource.getrlimit(resource.RLIMIT_AS)
+    assert 0 < within[0] <= 1 << 50
+    with pytest.raises(StateError), bench._address_space(1 << 50):
+        raise StateError
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda plan: spoil_child(plan, plan.mm.layout.young),
+        lambda plan: plan.child.entries[1].fill(0),
+        lambda plan: plan.mm.entries[0].__setitem__(3, plan.mm.entries[0, 3] | np.uint64(plan.mm.layout.write)),
+        lambda plan: plan.child.rss.fill(0),
+        lambda plan: setattr(plan.mm.folios.page(int(plan.mm.folios.heads()[3]) + 1), "mapcount", 1),
+        lambda plan: setattr(plan.mm.folios.page(int(plan.mm.folios.heads()[3])), "anon_exclusive", True),
+        lambda plan: setattr(plan.mm.folios.folio(int(plan.mm.folios.heads()[3])), "refcount", 16),
+        lambda plan: plan.child.vpns.__setitem__(1, 0),
+    ],
+)
+def test_a_wrong_fork_of_much_memory_is_noticed(spoil):
+    plan = ForkPlan(make(size="4MiB", folio="64KiB"))
+    check = bench.InPlaceCheck(plan)
+    stats = plan.run()
+    check(stats)
+    spoil(plan)
+    with pytest.raises(StateError, match="went wrong"):
+        check(stats)
 
 
 # --- run_kernel_layout ------------------------------------------------------------------------------------------------

@@ -181,6 +181,7 @@ LIMIT = [
     limit_row("c", "single", 30.0, x_core=15.0, must_x_core=None),
     limit_row("core", "batched", 1.0, memory="plain", x_plain=1.0, must_x_plain=None),
     limit_row("core", "batched", 3.0, memory="vma=file", x_plain=3.0, must_x_plain=2.0),
+    limit_row("core", "single", 1.5, memory="v6.8", semantics="v6.8", x_plain=1.5, must_x_plain=2.0),
     {**limit_row("core", "batched", 0.75, operation="wrprotect_range"), "must": 2.0},
     limit_row("limit", "batched", 0.5, operation="wrprotect_range"),
 ]
@@ -245,15 +246,64 @@ def test_a_picture(tmp_path):
 def test_targets_and_what_does_not_reach_them():
     tables = [[line.split() for line in lines(table)[2:]] for _, table in report.limit_tables(LIMIT)]
     assert tables == [
-        [["1GiB", "4", "4.00", "2.00", "0.500", "8.00", "4.00", "3", "2.2", "over"]],
+        [["1GiB", "4", "4.00", "2.00", "0.500", "-", "8.00", "4.00", "3", "2.2", "over"]],
         [
             ["1GiB", "4", "numpy", "batched", "30.0", "15.00", "20", "below"],
             ["1GiB", "4", "c", "single", "30.0", "15.00", "-"],
         ],
-        [["plain", "v6.19", "1.00", "1.00", "-"], ["vma=file", "v6.19", "3.00", "3.00", "2", "over"]],
-        [["wrprotect_range", "0.750", "1.50", "2"]],
+        [
+            ["1GiB", "4", "plain", "1.00", "1.00", "-"],
+            ["1GiB", "4", "vma=file", "3.00", "3.00", "2", "over"],
+            ["1GiB", "4", "v6.8", "(not", "batched)", "1.50", "1.50", "2", "met"],
+        ],
+        [["wrprotect_range", "0.750", "1.50", "2", "met"]],
     ]
     assert len(report.limit_tables(LIMIT[:3])) == 1
+    assert report.limit_notes(LIMIT).splitlines() == [
+        "2 of 5 targets are met; not met:",
+        "- 1GiB order 4 core batched: x_limit is 4.00, must be at most 3",
+        "- 1GiB order 4 numpy batched: x_core is 15.00, must be at least 20",
+        "- 1GiB order 4 core batched vma=file: x_plain is 3.00, must be at most 2",
+    ]
+
+
+def test_targets_of_every_kind():
+    more = {"x_single": 1.01, "must_x_single": 1.02, "metadata_bytes_per_page": 16, "must_metadata_bytes_per_page": 16}
+    rows = [
+        {**LIMIT[0], "pool": 1}, {**LIMIT[1], "must": 5, "aim": 4, **more}, limit_row("limit", "limit", 0.5),
+        limit_row("pool", "pool", 0.75),
+        limit_row("core", "batched", 1.0, level="avx2", x_avx512=1.6, must_x_avx512=1.5),
+        limit_row("core", "batched", 4.0, level="scalar", x_c=0.9, must_x_c=1),
+        limit_row("core", "batched", 1.25, threads=2, speedup=1.6, must_speedup=1.7),
+        limit_row("core", "batched", 1.25, x_64gib=1.2, must_x_64gib=1.3, peak_rss_bytes=10 << 30,
+                  must_peak_rss_bytes=24 << 30) | {"size_bytes": 1 << 40},
+    ]  # fmt: skip
+    tables = {title: [line.split() for line in lines(table)[2:]] for title, table in report.limit_tables(rows)}
+    assert list(tables.values()) == [
+        [
+            ["1GiB", "4", "4.00", "2.00", "0.500", "0.750", "8.00", "4.00", "5", "4", "aim"],
+            ["1TiB", "4", "-", "1.25", "-", "-", "-", "2.50", "-", "-"],
+        ],
+        [["1GiB", "4", "2.00", "1.01", "1.02", "met"]],
+        [
+            ["1GiB", "4", "avx2", "to", "AVX-512", "1.00", "1.60", "1.5", "over"],
+            ["1GiB", "4", "scalar", "to", "C", "4.00", "0.90", "1", "met"],
+        ],
+        [["1GiB", "4", "1.25", "1.60", "1.7", "below"]],
+        [["1TiB", "4", "1.25", "1.20", "1.3", "met"]],
+        [
+            ["1GiB", "4", "memmap,", "per", "page", "2.00", "16.00", "16", "met"],
+            ["1TiB", "4", "peak", "resident", "1.25", "10.00", "GiB", "24", "GiB", "met"],
+        ],
+    ]
+    texts = [line for _, table in report.limit_tables(rows) for line in lines(table)]
+    assert max(map(len, texts)) <= 80
+    assert report.limit_notes(rows).splitlines() == [
+        "6 of 8 targets are met; not met:",
+        "- 1GiB order 4 core batched avx2: x_avx512 is 1.60, must be at most 1.5",
+        "- 1GiB order 4 core batched 2 threads: speedup is 1.60, must be at least 1.7",
+    ]
+    assert report.limit_notes(rows[1:4]) == "3 of 3 targets are met"
 
 
 def test_without_published_figures_there_is_no_star():

@@ -695,7 +695,10 @@ def run_limit(
         tick()
         measure(cases, repeats, tick)
         named = {"size_bytes": bytes_, "folio_bytes": None if len(folio) > 1 else folio[0], "order": order}
-        found += _with_targets(_rows(cases, mm, semantics, **named), mm)
+        mine = _with_targets(_rows(cases, mm, semantics, **named))
+        if all(row["size_bytes"] != bytes_ for row in found):  # it is the same for folios of any size
+            _with_memory(mine, mm)
+        found += mine
         del mm, cases
         if (bytes_, order) == (GIB, PLAIN_ORDER):
             found += _not_plain(bytes_, folio, repeats, semantics, tick)
@@ -746,7 +749,7 @@ def _level_case(mm: Mm, semantics: KernelSemantics, level: str) -> Case:
     return case
 
 
-def _with_targets(found: list[Row], mm: Mm) -> list[Row]:
+def _with_targets(found: list[Row]) -> list[Row]:
     """Give each row its ratios and what these must be."""
     core = {row["path"]: row for row in found if row["source"] == "core" and not {"level", "threads"} & set(row)}
     batched = core["batched"]["ns_per_pte"]
@@ -771,11 +774,12 @@ def _with_targets(found: list[Row], mm: Mm) -> list[Row]:
     if found[0]["order"] == 0:
         row = core["batched"]
         row["x_single"], row["must_x_single"] = batched / core["single"]["ns_per_pte"], SINGLE_MUST
-    _with_memory(core["batched"], mm)
     return found
 
 
-def _with_memory(row: Row, mm: Mm) -> None:
+def _with_memory(some: list[Row], mm: Mm) -> None:
+    """Add to the row of the batched core what the memmap takes."""
+    row = next(row for row in some if (row["source"], row["path"]) == ("core", "batched"))
     pages, index = mm.folios.metadata_bytes()
     row["metadata_bytes_per_page"], row["must_metadata_bytes_per_page"] = pages, METADATA_MUST
     row["index_bytes_per_page"] = index
@@ -814,7 +818,7 @@ def _not_plain(
     measure([*cases, *limits, *writing], rounds, tick)
     named = {"arch": mm.layout.name, "size_bytes": size, "folio_bytes": folio[0], "order": PLAIN_ORDER}
     forks, writes = rows([*cases, *limits], **named), rows(writing, **named)
-    for row in forks:
+    for row in forks[: len(cases)]:
         row["x_plain"] = row["ns_per_pte"] / cases[0].ns_per_pte
         row["must_x_plain"] = OTHER_MUST if row["memory"] != "plain" else None
     writes[0]["must"] = WRPROTECT_MUST
@@ -877,7 +881,7 @@ def _more_than_64_gib(
         some = _rows(cases[bytes_], mm, semantics, size_bytes=bytes_, **named)
         for row in some:
             row["must"] = row["aim"] = None
-        _with_memory(some[0], mm)
+        _with_memory(some, mm)
         found += some
     small, large = (next(row for row in found if (row["source"], row["size_bytes"]) == ("core", b)) for b in sizes)
     small["must"], small["aim"] = TARGETS.get((sizes[0], PLAIN_ORDER), (None, None))

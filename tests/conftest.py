@@ -36,3 +36,23 @@ def impl(request: pytest.FixtureRequest):
 def impl_name(request: pytest.FixtureRequest) -> str:
     """The value for ``impl=`` arguments."""
     return request.param
+
+
+# Tests that change settings of the machine, which one process can have at a time: those of live/, and the benchmarks of
+# real memory.
+MACHINE = ("tests/live/", "tests/test_bench.py", "tests/test_cli.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
+    """With ``-n``, whatever is free takes the next test, but one process takes all of `MACHINE`, first.
+
+    pytest-xdist's own groups are not grouped under pytest 9.2 (its issue 1386).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "machine" if nodeid.startswith(MACHINE) else nodeid
+
+    return Scheduling(config, log)

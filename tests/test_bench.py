@@ -20,8 +20,6 @@ from ptebatch.fork import ForkPlan
 from ptebatch.mm import Mm
 from ptebatch.workload import make
 
-pytestmark = pytest.mark.xdist_group("machine")  # a benchmark of real memory changes its settings
-
 SPREAD = {"min_ns_per_pte", "q1_ns_per_pte", "q3_ns_per_pte", "max_ns_per_pte"}
 MEASURED = {"ptes", "ns_per_pte", "x_limit", "rounds"} | SPREAD
 NAMED = {"source", "arch", "semantics", "size_bytes", "folio_bytes", "order", "path"}

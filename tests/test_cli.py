@@ -24,8 +24,6 @@ from ptebatch.mm import STAT_FIELDS
 from ptebatch.semantics import PRESETS, SWITCHES
 from ptebatch.verify import QUANTITIES
 
-pytestmark = pytest.mark.xdist_group("machine")  # a benchmark of real memory changes its settings
-
 README = Path(__file__).resolve().parent.parent / "README.md"
 COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands)
 ON_MEMORY = ("explain", "fork", "wrprotect", "zap")

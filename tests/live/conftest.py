@@ -12,20 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
 
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.live)
-            item.add_marker(pytest.mark.xdist_group("machine"))  # they change its settings: one after the other
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.live)
 
 
 def _missing(reason: str) -> None:

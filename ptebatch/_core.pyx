@@ -151,6 +151,10 @@ ctypedef struct pte_layout:
     pte_step mkuffd_wp
     pte_step mk_pte
     uint64_t set_ptes_clear
+    uint64_t cont           # arm64 contpte: the bit of entries in folded blocks, 0 elsewhere
+    uint64_t cont_ptes      # entries a block
+    uint64_t cont_hint      # pte_batch_hint() knows of blocks
+    uint64_t mkcont         # what pte_mkcont() sets
     uint64_t page_shift
     uint64_t swp_base
     uint64_t swp_type_shift
@@ -166,7 +170,8 @@ ctypedef struct pte_layout:
 LAYOUT_FIELDS = ("pfn_shift", "pfn_mask", "plain", "none_value", "none_ignore", "present_mask", "present_need", "valid",
                  "write", "writable", "young", "dirty", "saved_dirty", "dirty_mask", "dirty_value", "soft_dirty",
                  "uffd_wp", "special", "wrprotect", "ptep_set_wrprotect", "mkwrite", "mkwrite_shstk", "mkclean",
-                 "mkdirty", "mkold", "mkyoung", "mkuffd_wp", "mk_pte", "set_ptes_clear", "page_shift", "swp_base",
+                 "mkdirty", "mkold", "mkyoung", "mkuffd_wp", "mk_pte", "set_ptes_clear", "cont", "cont_ptes",
+                 "cont_hint", "mkcont", "page_shift", "swp_base",
                  "swp_type_shift", "swp_type_bits", "swp_offset_shift", "swp_offset_bits", "swp_offset_inverted",
                  "swp_pfn_bits", "swp_exclusive", "swp_soft_dirty", "swp_uffd_wp")
 
@@ -215,14 +220,16 @@ cdef enum:
     S_BATCHES, S_FOLIO_REF_ADD, S_RMAP_DUP, S_PTEP_GET, S_WRPROTECT_PTES, S_PTES_WRPROTECTED, S_SET_PTES,
     S_EAGAIN_ROUNDS, S_COPIED_PAGES, S_ANON_EXCLUSIVE_CLEARED, S_SPECIAL_PTES, S_SWAP, S_MIGRATION,
     S_DEVICE_PRIVATE, S_DEVICE_EXCLUSIVE, S_HWPOISON, S_PTE_MARKERS, S_PMDS_COPIED,
-    S_PMDS_SPLIT, S_TABLES_DEPOSITED, S_HUGETLB_ENTRIES, S_HUGETLB_COPIED, N_STATS
+    S_PMDS_SPLIT, S_TABLES_DEPOSITED, S_HUGETLB_ENTRIES, S_HUGETLB_COPIED, S_CONTPTE, S_CONTPTE_FOLDS,
+    S_CONTPTE_UNFOLDS, N_STATS
 
 STAT_FIELDS = ("vmas_copied", "vmas_skipped", "tables_allocated", "ptes_none", "ptes_present", "ptes_single",
                "ptes_batched", "batches", "folio_ref_add", "rmap_dup", "ptep_get", "wrprotect_ptes",
                "ptes_wrprotected", "set_ptes", "eagain_rounds", "copied_pages", "anon_exclusive_cleared",
                "special_ptes", "swap_entries", "migration_entries", "device_private_entries",
                "device_exclusive_entries", "hwpoison_entries", "pte_markers", "pmds_copied", "pmds_split",
-               "tables_deposited", "hugetlb_entries", "hugetlb_copied")
+               "tables_deposited", "hugetlb_entries", "hugetlb_copied", "contpte_reads", "contpte_folds",
+               "contpte_unfolds")
 
 ctypedef struct zap_rules:
     uint64_t batching            # zap_present_ptes may batch
@@ -251,12 +258,18 @@ ZAP_RULE_FIELDS = ("batching", "fpb_clamp", "large_mapcount", "mm_id", "page_map
 cdef enum:
     Z_PTES_NONE, Z_PTES_PRESENT, Z_PTES_SINGLE, Z_PTES_BATCHED, Z_BATCHES, Z_PTES_SKIPPED, Z_SPECIAL_PTES, Z_PTEP_GET,
     Z_CLEAR_PTES, Z_RMAP_REMOVE, Z_FOLIO_PUT, Z_FOLIOS_FREED, Z_FOLIO_MARK_DIRTY, Z_FOLIO_MARK_ACCESSED,
-    Z_UFFD_WP_MARKERS, Z_SWAP, Z_MIGRATION, Z_DEVICE_PRIVATE, Z_DEVICE_EXCLUSIVE, Z_HWPOISON, Z_PTE_MARKERS, N_ZAP_STATS
+    Z_UFFD_WP_MARKERS, Z_SWAP, Z_MIGRATION, Z_DEVICE_PRIVATE, Z_DEVICE_EXCLUSIVE, Z_HWPOISON, Z_PTE_MARKERS,
+    Z_CONTPTE, Z_CONTPTE_FOLDS, Z_CONTPTE_UNFOLDS, N_ZAP_STATS
+
+# Events of arm64 contpte, counted from S_CONTPTE and Z_CONTPTE on.
+cdef enum:
+    CONTPTE_READS, CONTPTE_FOLDS, CONTPTE_UNFOLDS, N_CONTPTE
 
 ZAP_STAT_FIELDS = ("ptes_none", "ptes_present", "ptes_single", "ptes_batched", "batches", "ptes_skipped",
                    "special_ptes", "ptep_get", "clear_ptes", "rmap_remove", "folio_put", "folios_freed",
                    "folio_mark_dirty", "folio_mark_accessed", "uffd_wp_markers", "swap_entries", "migration_entries",
-                   "device_private_entries", "device_exclusive_entries", "hwpoison_entries", "pte_markers")
+                   "device_private_entries", "device_exclusive_entries", "hwpoison_entries", "pte_markers",
+                   "contpte_reads", "contpte_folds", "contpte_unfolds")
 
 MEMMAP_CONSTANTS = {
     "MAPCOUNT_BITS": MAPCOUNT_BITS_, "COUNTER_SHIFT": COUNTER_SHIFT_, "COUNTER_BITS": COUNTER_BITS_,
@@ -401,6 +414,16 @@ cdef inline uint64_t pte_mkuffd_wp(const pte_layout *L, uint64_t v) noexcept nog
     return changed(&L.mkuffd_wp, v)
 
 
+cdef inline bint pte_valid_cont(const pte_layout *L, uint64_t v) noexcept nogil:
+    return (v & L.cont) != 0 and (v & L.valid) != 0
+
+
+cdef inline Py_ssize_t pte_batch_hint(const pte_layout *L, Py_ssize_t idx, uint64_t v) noexcept nogil:
+    if not L.cont_hint or not pte_valid_cont(L, v):
+        return 1
+    return <Py_ssize_t>L.cont_ptes - (idx & <Py_ssize_t>(L.cont_ptes - 1))
+
+
 cdef inline uint64_t as_set(const pte_layout *L, uint64_t v) noexcept nogil:
     # What set_ptes() stores for a value.
     return v & ~L.set_ptes_clear if pte_present(L, v) else v
@@ -541,31 +564,135 @@ cdef inline Py_ssize_t folio_head(const memmap *M, Py_ssize_t page, uint64_t pfn
     return head
 
 
+# --- arm64 contpte: folded blocks; elsewhere L.cont is 0 and none of this happens -------------------------------------
+# counts has the events CONTPTE_*. A block is aligned in its table, so that it never reaches out of it.
+
+cdef Py_ssize_t contpte_gather(const uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, const pte_layout *L,
+                               uint64_t *pte) except -1 nogil:
+    """Give pte[0] the young and dirty state of all entries of the block."""
+    cdef Py_ssize_t start = idx & -<Py_ssize_t>L.cont_ptes, k
+    cdef bint dirty = False, young = False
+    for k in range(start, start + <Py_ssize_t>L.cont_ptes):
+        dirty = dirty or pte_dirty(L, table[row, k])
+        young = young or pte_young(L, table[row, k])
+    if dirty:
+        pte[0] = pte_mkdirty(L, pte[0])
+    if young:
+        pte[0] = changed(&L.mkyoung, pte[0])
+    return 0
+
+
+cdef inline Py_ssize_t ptep_get(const uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, const pte_layout *L,
+                                int64_t *counts, uint64_t *pte) except -1 nogil:
+    """Read an entry; one of a folded block with the young and dirty bits of all of them."""
+    pte[0] = table[row, idx]
+    if pte_valid_cont(L, pte[0]):
+        contpte_gather(table, row, idx, L, pte)
+        counts[CONTPTE_READS] += <int64_t>L.cont_ptes
+    return 0
+
+
+cdef Py_ssize_t contpte_convert(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, uint64_t pte,
+                                const pte_layout *L) except -1 nogil:
+    """Write a whole block anew after pte, which is one of its entries, with or without L.cont."""
+    cdef Py_ssize_t start = idx & -<Py_ssize_t>L.cont_ptes, k
+    cdef uint64_t step = pfn_step(L, pte)
+    pte -= (pte_pfn(L, pte) & (L.cont_ptes - 1)) * step
+    contpte_gather(table, row, idx, L, &pte)
+    for k in range(start, start + <Py_ssize_t>L.cont_ptes):
+        table[row, k] = pte
+        pte += step
+    return 0
+
+
+cdef Py_ssize_t contpte_unfold(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, const pte_layout *L,
+                               int64_t *counts) except -1 nogil:
+    counts[CONTPTE_UNFOLDS] += 1
+    return contpte_convert(table, row, idx, table[row, idx] & ~L.cont, L)
+
+
+cdef Py_ssize_t contpte_try_unfold(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, Py_ssize_t nr,
+                                   const pte_layout *L, int64_t *counts) except -1 nogil:
+    """Unfold what nr entries from idx do not cover whole: one entry's block, or those at both ends."""
+    cdef Py_ssize_t size = <Py_ssize_t>L.cont_ptes, last = idx + nr - 1
+    if (nr < size or idx & (size - 1)) and pte_valid_cont(L, table[row, idx]):
+        contpte_unfold(table, row, idx, L, counts)
+    if nr > 1 and (last + 1) & (size - 1) and pte_valid_cont(L, table[row, last]):
+        contpte_unfold(table, row, last, L, counts)
+    return 0
+
+
+cdef Py_ssize_t contpte_try_fold(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, uint64_t pte,
+                                 const pte_layout *L, const memmap *M, int64_t *counts) except -1 nogil:
+    """Fold the block whose last entry was just set, if all of it is alike but for young and dirty, and in one folio."""
+    cdef uint64_t last = L.cont_ptes - 1, pfn = pte_pfn(L, pte), step = pfn_step(L, pte), expected, w
+    cdef Py_ssize_t page, k
+    if <uint64_t>idx & last != last or pfn & last != last or not pte & L.valid or pte & L.special:
+        return 0
+    page = page_index(M, pfn)
+    w = M.words[page] if page >= 0 else 0
+    if not w >> VALID_BIT_ or pfn & ((ONE << word_order(w)) - 1) < last:
+        return 0
+    expected = pte_mkold(L, pte_mkclean(L, pte)) - last * step
+    for k in range(idx - <Py_ssize_t>last, idx + 1):
+        if pte_mkold(L, pte_mkclean(L, table[row, k])) != expected:
+            return 0
+        expected += step
+    counts[CONTPTE_FOLDS] += 1
+    return contpte_convert(table, row, idx, pte | L.mkcont, L)
+
+
+cdef Py_ssize_t contpte_set_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, uint64_t pte, Py_ssize_t nr,
+                                 const pte_layout *L, const memmap *M, int64_t *counts) except -1 nogil:
+    """set_ptes(): a single entry may unfold its block and complete it again, blocks covered whole are folded."""
+    cdef uint64_t step = pfn_step(L, pte), fold
+    cdef Py_ssize_t size = <Py_ssize_t>L.cont_ptes, end = idx + nr, stop
+    pte &= ~L.cont
+    if nr == 1:
+        contpte_try_unfold(table, row, idx, 1, L, counts)
+        table[row, idx] = pte
+        return contpte_try_fold(table, row, idx, pte, L, M, counts)
+    while idx < end:
+        stop = (idx | (size - 1)) + 1
+        fold = 0 if stop > end or idx & (size - 1) or pte_pfn(L, pte) & (L.cont_ptes - 1) else L.mkcont
+        while idx < stop and idx < end:
+            table[row, idx] = pte | fold
+            pte += step
+            idx += 1
+    return 0
+
+
 cdef inline Py_ssize_t folio_pte_batch(const uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, uint64_t pte,
-                                       Py_ssize_t max_nr, const pte_layout *L, batch_scan *B) except -1 nogil:
+                                       Py_ssize_t max_nr, const pte_layout *L, batch_scan *B,
+                                       int64_t *counts) except -1 nogil:
     """Entries from idx that are present, map consecutive pages of one folio and agree in every compared bit."""
     cdef uint64_t step = pfn_step(L, pte)
-    cdef uint64_t expected = changed(&B.norm, pte)
-    cdef uint64_t seen = 0, cur, hw_dirty = 0
+    cdef Py_ssize_t hint = pte_batch_hint(L, idx, pte)
+    cdef uint64_t expected = changed(&B.norm, pte) + <uint64_t>(hint - 1) * step
+    cdef uint64_t seen = 0, cur = 0, hw_dirty = 0
     cdef Py_ssize_t limit = max_nr if max_nr < B.folio_end else B.folio_end
-    cdef Py_ssize_t nr = 1
+    cdef Py_ssize_t nr = hint
     # Where dirty is more than one bit or another, each entry is looked at.
     cdef bint hw = L.dirty_mask != 0
     while nr < limit:
-        cur = table[row, idx + nr]
+        ptep_get(table, row, idx + nr, L, counts, &cur)
+        B.reads += 1
         expected += step
         if changed(&B.norm, cur) != expected:
-            B.reads += 1
             break
         seen |= cur
         if hw:
             hw_dirty |= (cur & L.dirty_mask) == L.dirty_value
-        nr += 1
+        hint = pte_batch_hint(L, idx + nr, cur)
+        expected += <uint64_t>(hint - 1) * step
+        nr += hint
     else:
         # Before the clamp the scan learned of the folio's end only by reading the entry behind it.
-        if not B.clamp and limit < max_nr:
+        if not B.clamp and nr < max_nr:
+            ptep_get(table, row, idx + nr, L, counts, &cur)
             B.reads += 1
-    B.reads += nr - 1
+        if nr > limit:
+            nr = limit  # a block may reach beyond what is asked for
     if seen & L.writable:
         B.any_write = 1
     B.any_young = (seen & L.young) != 0
@@ -574,18 +701,25 @@ cdef inline Py_ssize_t folio_pte_batch(const uint64_t[:, ::1] table, Py_ssize_t 
 
 
 cdef inline Py_ssize_t wrprotect_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, Py_ssize_t nr,
-                                      const pte_layout *L) except -1 nogil:
+                                      const pte_layout *L, int64_t *counts) except -1 nogil:
     cdef Py_ssize_t k
+    if L.cont:
+        if nr > 1:
+            contpte_try_unfold(table, row, idx, nr, L, counts)
+        elif table[row, idx] & L.cont:  # valid or not: only present entries come here
+            contpte_unfold(table, row, idx, L, counts)
     for k in range(idx, idx + nr):
         table[row, k] = changed(&L.ptep_set_wrprotect, table[row, k])
     return 0
 
 
 cdef inline Py_ssize_t set_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, uint64_t pte, Py_ssize_t nr,
-                                const pte_layout *L) except -1 nogil:
+                                const pte_layout *L, const memmap *M, int64_t *counts) except -1 nogil:
     cdef uint64_t step = pfn_step(L, pte)
     cdef Py_ssize_t k
     pte = as_set(L, pte)
+    if L.cont:
+        return contpte_set_ptes(table, row, idx, pte, nr, L, M, counts)
     for k in range(idx, idx + nr):
         table[row, k] = pte
         pte += step
@@ -703,7 +837,7 @@ cdef inline Py_ssize_t copy_present_page(uint64_t[:, ::1] dst, Py_ssize_t drow, 
         child = pte_mkwrite(L, child, R.dst_shadow_stack != 0)
     if R.dst_uffd_wp and pte & L.uffd_wp:
         child = pte_mkuffd_wp(L, child)
-    dst[drow, idx] = as_set(L, child)
+    set_ptes(dst, drow, idx, child, 1, L, M, W.stats + S_CONTPTE)
     W.prealloc = NO_PFN
     W.rss[1] += 1
     W.stats[S_COPIED_PAGES] += 1
@@ -742,7 +876,7 @@ cdef inline Py_ssize_t copy_present_ptes(uint64_t[:, ::1] dst, Py_ssize_t drow, 
                 B.folio_end = head + (<Py_ssize_t>1 << word_order(w)) - page
                 B.any_write = 0
                 B.reads = 0
-                nr = folio_pte_batch(src, srow, idx, pte, max_nr, L, B)
+                nr = folio_pte_batch(src, srow, idx, pte, max_nr, L, B, W.stats + S_CONTPTE)
                 W.stats[S_PTEP_GET] += B.reads
                 if B.any_write:
                     p = pte_mkwrite(L, p, R.src_shadow_stack != 0)
@@ -754,7 +888,7 @@ cdef inline Py_ssize_t copy_present_ptes(uint64_t[:, ::1] dst, Py_ssize_t drow, 
             W.fail_pfn = pfn
             return ret
     if R.cow and pte_write(L, p):
-        wrprotect_ptes(src, srow, idx, nr, L)
+        wrprotect_ptes(src, srow, idx, nr, L, W.stats + S_CONTPTE)
         p = pte_wrprotect(L, p)
         W.stats[S_WRPROTECT_PTES] += 1
         W.stats[S_PTES_WRPROTECTED] += nr
@@ -763,7 +897,7 @@ cdef inline Py_ssize_t copy_present_ptes(uint64_t[:, ::1] dst, Py_ssize_t drow, 
     p = pte_mkold(L, p)
     if not R.dst_uffd_wp:
         p &= ~L.uffd_wp
-    set_ptes(dst, drow, idx, p, nr, L)
+    set_ptes(dst, drow, idx, p, nr, L, M, W.stats + S_CONTPTE)
     W.stats[N_STATS + nr] += 1
     return nr
 
@@ -818,7 +952,7 @@ cdef Py_ssize_t swap_duplicate(swap_map *S, const pte_layout *L, uint64_t pte, w
 
 cdef Py_ssize_t restore_exclusive_pte(uint64_t[:, ::1] src, Py_ssize_t srow, Py_ssize_t idx, uint64_t pte, int kind,
                                       Py_ssize_t page, Py_ssize_t head, const pte_layout *L, const copy_rules *R,
-                                      const memmap *M) except -1 nogil:
+                                      const memmap *M, walk *W) except -1 nogil:
     """The parent gets back a page that a device had for itself: 0 or E_OVERFLOW."""
     cdef uint64_t w = M.words[page], pte_new = pte_mkold(L, mk_pte(L, swp_pfn(L, pte), R.src_prot))
     cdef bint large = word_order(w) != 0
@@ -849,7 +983,7 @@ cdef Py_ssize_t restore_exclusive_pte(uint64_t[:, ::1] src, Py_ssize_t srow, Py_
             M.words[head + 1] += ONE << COUNTER_SHIFT_
             if mm_id:
                 folio_add_mm_mapping(M, head, R.src_mm_id, 1, word_counter(M.words[head + 1]))
-    src[srow, idx] = as_set(L, pte_new)
+    set_ptes(src, srow, idx, pte_new, 1, L, M, W.stats + S_CONTPTE)
     return 0
 
 
@@ -911,7 +1045,7 @@ cdef Py_ssize_t copy_nonpresent_pte(uint64_t[:, ::1] dst, Py_ssize_t drow, uint6
         else:
             if M.aux[head] >> AUX_LOCKED_BIT_ & 1:
                 return -EBUSY
-            ret = restore_exclusive_pte(src, srow, idx, pte, kind, page, head, L, R, M)
+            ret = restore_exclusive_pte(src, srow, idx, pte, kind, page, head, L, R, M, W)
             if ret < 0:
                 return ret
             W.stats[S_DEVICE_EXCLUSIVE] += 1
@@ -963,6 +1097,8 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
             pte = src[srow, idx]
         if R.has_pinned and used[0] >= pool.shape[0]:
             return E_PREALLOC
+        if L.cont:  # what was read says whether the entry is present, and no more than that
+            ptep_get(src, srow, idx, L, W.stats + S_CONTPTE, &pte)
         max_nr = end - idx if R.batching else 1
         ret = copy_present_ptes(dst, drow, src, srow, idx, pte, max_nr, L, R, M, B, W)
         if ret == -EAGAIN:
@@ -972,7 +1108,8 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
             W.allocations -= 1
             W.stats[S_EAGAIN_ROUNDS] += 1
             W.prealloc = pool[used[0]]
-            ret = copy_present_ptes(dst, drow, src, srow, idx, src[srow, idx], max_nr, L, R, M, B, W)
+            ptep_get(src, srow, idx, L, W.stats + S_CONTPTE, &pte)
+            ret = copy_present_ptes(dst, drow, src, srow, idx, pte, max_nr, L, R, M, B, W)
             if W.prealloc == NO_PFN:
                 used[0] += 1
             W.prealloc = NO_PFN
@@ -1057,7 +1194,7 @@ cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, P
     cdef uint64_t pte, pfn, w
     cdef bint write
     while idx < end:
-        pte = table[row, idx]
+        ptep_get(table, row, idx, L, stats + S_CONTPTE, &pte)
         stats[S_PTEP_GET] += 1
         if not pte_present(L, pte):
             stats[S_PTES_NONE] += pte_none(L, pte)
@@ -1079,11 +1216,11 @@ cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, P
                 B.folio_end = head + (<Py_ssize_t>1 << word_order(w)) - page
                 B.any_write = 0
                 B.reads = 0
-                nr = folio_pte_batch(table, row, idx, pte, end - idx, L, B)
+                nr = folio_pte_batch(table, row, idx, pte, end - idx, L, B, stats + S_CONTPTE)
                 stats[S_PTEP_GET] += B.reads
                 write = write or B.any_write != 0
         if write:
-            wrprotect_ptes(table, row, idx, nr, L)
+            wrprotect_ptes(table, row, idx, nr, L, stats + S_CONTPTE)
             stats[S_WRPROTECT_PTES] += 1
             stats[S_PTES_WRPROTECTED] += nr
         stats[N_STATS + nr] += 1
@@ -1094,24 +1231,30 @@ cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, P
 # --- zap: clearing entries and giving back what they counted ---------------------------------------------------------
 
 cdef inline Py_ssize_t clear_full_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, Py_ssize_t nr,
-                                       const pte_layout *L) except -1 nogil:
+                                       const pte_layout *L, int64_t *counts) except -1 nogil:
     cdef Py_ssize_t k
+    if L.cont:
+        contpte_try_unfold(table, row, idx, nr, L, counts)
     for k in range(idx, idx + nr):
         table[row, k] = L.none_value
     return 0
 
 
 cdef inline Py_ssize_t get_and_clear_full_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, Py_ssize_t nr,
-                                               const pte_layout *L, uint64_t *first) except -1 nogil:
+                                               const pte_layout *L, int64_t *counts,
+                                               uint64_t *first) except -1 nogil:
     """As clear_full_ptes; first[0] is entry 0 with the dirty and young state of all of them."""
-    cdef uint64_t pte = table[row, idx], cur
+    cdef uint64_t pte, cur
     cdef bint dirty = False, young = False
     cdef Py_ssize_t k
+    if L.cont:
+        contpte_try_unfold(table, row, idx, nr, L, counts)
+    pte = table[row, idx]
     for k in range(idx + 1, idx + nr):
         cur = table[row, k]
         dirty = dirty or pte_dirty(L, cur)
         young = young or pte_young(L, cur)
-    clear_full_ptes(table, row, idx, nr, L)
+    clear_full_ptes(table, row, idx, nr, L, counts)  # nothing is left to unfold
     if dirty:
         pte = pte_mkdirty(L, pte)
     if young:
@@ -1226,7 +1369,7 @@ cdef inline Py_ssize_t zap_present_ptes(uint64_t[:, ::1] table, Py_ssize_t row, 
             W.fail_pfn = pfn
             return E_NO_PAGE
     if not normal:
-        clear_full_ptes(table, row, idx, 1, L)
+        clear_full_ptes(table, row, idx, 1, L, W.stats + Z_CONTPTE)
         W.stats[Z_SPECIAL_PTES] += 1
     else:
         if w >> ANON_BIT_ & 1 and not R.even_cows:
@@ -1239,7 +1382,7 @@ cdef inline Py_ssize_t zap_present_ptes(uint64_t[:, ::1] table, Py_ssize_t row, 
         if word_order(w) and max_nr != 1:
             B.folio_end = head + (<Py_ssize_t>1 << word_order(w)) - page
             B.reads = 0
-            nr = folio_pte_batch(table, row, idx, pte, max_nr, L, B)
+            nr = folio_pte_batch(table, row, idx, pte, max_nr, L, B, W.stats + Z_CONTPTE)
             W.stats[Z_PTEP_GET] += B.reads
         W.large = word_order(w) != 0
         ret = unmap_pages(M, page, head, pfn, nr, True, R, W)
@@ -1247,9 +1390,9 @@ cdef inline Py_ssize_t zap_present_ptes(uint64_t[:, ::1] table, Py_ssize_t row, 
             return ret
         W.rss[rss_counter(w)] -= nr
         if w >> ANON_BIT_ & 1:
-            clear_full_ptes(table, row, idx, nr, L)
+            clear_full_ptes(table, row, idx, nr, L, W.stats + Z_CONTPTE)
         else:
-            get_and_clear_full_ptes(table, row, idx, nr, L, &old)
+            get_and_clear_full_ptes(table, row, idx, nr, L, W.stats + Z_CONTPTE, &old)
             if pte_dirty(L, old):
                 W.stats[Z_FOLIO_MARK_DIRTY] += 1
                 M.aux[head] |= ONE << AUX_DIRTY_BIT_
@@ -1321,7 +1464,7 @@ cdef Py_ssize_t zap_nonpresent_pte(uint64_t[:, ::1] table, Py_ssize_t row, Py_ss
     if skip:
         W.stats[Z_PTES_SKIPPED] += 1
         return 1
-    clear_full_ptes(table, row, idx, 1, L)
+    clear_full_ptes(table, row, idx, 1, L, W.stats + Z_CONTPTE)
     if R.uffd_wp and (marker & PTE_MARKER_UFFD_WP if kind == SWP_MARKER else pte & L.swp_uffd_wp):
         leave_uffd_wp_markers(table, row, idx, 1, R, W)
     return 1
@@ -1337,7 +1480,7 @@ cdef inline Py_ssize_t zap_pte_range(uint64_t[:, ::1] table, Py_ssize_t row, Py_
         until = idx + PREFETCH_AHEAD if idx + PREFETCH_AHEAD < end else end
         if ahead < until:
             ahead = prefetch_pages(table, row, ahead if ahead > idx else idx, until, L, M, W.large)
-        pte = table[row, idx]
+        ptep_get(table, row, idx, L, W.stats + Z_CONTPTE, &pte)
         W.stats[Z_PTEP_GET] += 1
         if pte_none(L, pte):
             W.stats[Z_PTES_NONE] += 1
@@ -1514,33 +1657,41 @@ def py_folio_pte_batch(const uint64_t[:, ::1] table not None, Py_ssize_t idx, ui
     """(nr, any_writable, any_young, any_dirty, reads) of one table from idx."""
     cdef pte_layout L = read_layout(layout)
     cdef batch_scan B
+    cdef int64_t counts[N_CONTPTE]
     cdef Py_ssize_t nr
+    memset(counts, 0, sizeof(counts))
     if idx < 0 or max_nr < 1 or idx + max_nr > table.shape[1] or folio_end < 1:
         raise ValueError("index out of range")
     with nogil:
         scan_rules(&L, &B, respect_dirty, respect_soft_dirty, respect_write)
         B.folio_end = folio_end
         B.clamp = clamp
-        nr = folio_pte_batch(table, 0, idx, pte, max_nr, &L, &B)
+        nr = folio_pte_batch(table, 0, idx, pte, max_nr, &L, &B, counts)
     return nr, bool(B.any_write), bool(B.any_young), bool(B.any_dirty), B.reads
 
 
 def py_wrprotect_ptes(uint64_t[:, ::1] table not None, Py_ssize_t idx, Py_ssize_t nr,
                       const uint64_t[::1] layout not None):
     cdef pte_layout L = read_layout(layout)
+    cdef int64_t counts[N_CONTPTE]
+    memset(counts, 0, sizeof(counts))
     if idx < 0 or nr < 1 or idx + nr > table.shape[1]:
         raise ValueError("index out of range")
     with nogil:
-        wrprotect_ptes(table, 0, idx, nr, &L)
+        wrprotect_ptes(table, 0, idx, nr, &L, counts)
 
 
 def py_set_ptes(uint64_t[:, ::1] table not None, Py_ssize_t idx, uint64_t pte, Py_ssize_t nr,
-                const uint64_t[::1] layout not None):
+                const uint64_t[::1] layout not None, uint64_t[::1] words not None, uint64_t[::1] aux not None,
+                const int32_t[::1] top not None, const int32_t[::1] sub not None):
     cdef pte_layout L = read_layout(layout)
+    cdef memmap M = view_memmap(words, aux, top, sub)
+    cdef int64_t counts[N_CONTPTE]
+    memset(counts, 0, sizeof(counts))
     if idx < 0 or nr < 1 or idx + nr > table.shape[1]:
         raise ValueError("index out of range")
     with nogil:
-        set_ptes(table, 0, idx, pte, nr, &L)
+        set_ptes(table, 0, idx, pte, nr, &L, &M, counts)
 
 
 def py_copy_present_ptes(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not None, Py_ssize_t idx,
@@ -1556,6 +1707,8 @@ def py_copy_present_ptes(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not
     cdef Py_ssize_t ret, nr_hist = src.shape[1] + 1
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef uint64_t pte
+    cdef int64_t counts[N_CONTPTE]
+    memset(counts, 0, sizeof(counts))
     check_stats(stats, src.shape[1])
     if idx < 0 or max_nr < 1 or idx + max_nr > src.shape[1] or dst.shape[1] != src.shape[1] or rss.shape[0] != 4:
         raise ValueError("index out of range")
@@ -1569,7 +1722,7 @@ def py_copy_present_ptes(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not
     with nogil:
         scan_rules(&L, &B, R.respect_dirty != 0, R.respect_soft_dirty != 0, False)
         B.clamp = R.fpb_clamp != 0
-        pte = src[0, idx]
+        ptep_get(src, 0, idx, &L, counts, &pte)  # for the caller to count
         if pte_none(&L, pte) or not pte_present(&L, pte):
             ret = E_UNSUPPORTED
         else:
@@ -1748,10 +1901,12 @@ def py_clear_full_ptes(uint64_t[:, ::1] table not None, Py_ssize_t idx, Py_ssize
     """The value get_and_clear_full_ptes() returns."""
     cdef pte_layout L = read_layout(layout)
     cdef uint64_t old = 0
+    cdef int64_t counts[N_CONTPTE]
+    memset(counts, 0, sizeof(counts))
     if idx < 0 or nr < 1 or idx + nr > table.shape[1]:
         raise ValueError("index out of range")
     with nogil:
-        get_and_clear_full_ptes(table, 0, idx, nr, &L, &old)
+        get_and_clear_full_ptes(table, 0, idx, nr, &L, counts, &old)
     return old
 
 
@@ -1772,6 +1927,9 @@ def py_zap_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns not No
     cdef Py_ssize_t ret = 0, row, at = 0, stop, nr_slots = table.shape[1]
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef int64_t where = start
+    cdef uint64_t pte
+    cdef int64_t unread[N_CONTPTE]
+    memset(unread, 0, sizeof(unread))
     if (first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]
             or rss.shape[0] != 4 or stats.shape[0] != N_ZAP_STATS + nr_slots + 1 or counts.shape[0] != slots.shape[0]):
         raise ValueError("rows out of range")
@@ -1791,8 +1949,8 @@ def py_zap_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns not No
             at = start - vpns[row] if start > vpns[row] else 0
             stop = end - vpns[row] if end - vpns[row] < nr_slots else nr_slots
             if once:
-                ret = zap_present_ptes(table, row, at, table[row, at], stop - at if R.batching else 1, &L, &R, &M, &B,
-                                       &W)
+                ptep_get(table, row, at, &L, unread, &pte)  # for the caller to count
+                ret = zap_present_ptes(table, row, at, pte, stop - at if R.batching else 1, &L, &R, &M, &B, &W)
                 break
             ret = zap_pte_range(table, row, &at, stop, &L, &R, &M, &S, &B, &W)
             if ret:

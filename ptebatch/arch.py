@@ -128,6 +128,10 @@ class PteLayout:
     ``pte_modify()`` applies `modify_before`, keeps `chg_mask`, takes `prot_mask` of the protection, and applies
     `modify_after_writable` to what was writable and `modify_after` to the rest.
 
+    `cont` marks the entries of a block of `cont_ptes` that the hardware may hold as one (arm64 contpte; 0: none, and
+    the bit is one like any other); ``pte_mkcont()`` sets `mkcont`, and ``pte_batch_hint()`` knows of blocks if
+    `cont_hint`.
+
     `bits` names bits and fields for people. Swap-type entries have `swp_base` set. `swp_pfn_bits` is the width of the
     PFN in the offset of migration and device entries (SWP_PFN_BITS); young and dirty of migration entries lie above it,
     and 0 says that the PFN is all there is. `huge` marks a leaf above the page tables, 0 says that those are not
@@ -179,6 +183,10 @@ class PteLayout:
     modify_before: Step
     modify_after_writable: tuple[Step, ...]
     modify_after: tuple[Step, ...]
+    cont: int
+    cont_ptes: int
+    cont_hint: bool
+    mkcont: int
     swp_base: int
     swp_type_shift: int
     swp_type_bits: int
@@ -272,6 +280,10 @@ def _layout(**given: Any) -> PteLayout:
         "modify_before": Step(),
         "modify_after_writable": given.get("modify_after", ()),
         "modify_after": (),
+        "cont": 0,
+        "cont_ptes": 0,
+        "cont_hint": False,
+        "mkcont": 0,
         "swp_base": 0,
         "swp_type_bits": 5,
         "swp_offset_inverted": False,
@@ -476,7 +488,16 @@ def _arm64(page_shift: int) -> tuple[PteLayout, PteLayout]:
             write_exec=_ARM_READONLY_EXEC | _ARM_WRITE,
         ),
         bits=(*low, *high),
-        variants=(("arm64_mkwrite_clean", (("mkwrite", mkwrite), ("mkwrite_shstk", mkwrite))),),
+        cont=_ARM_CONT,
+        cont_ptes={12: 16, 14: 128, 16: 32}[page_shift],
+        cont_hint=True,
+        mkcont=_ARM_CONT,
+        variants=(
+            ("arm64_mkwrite_clean", (("mkwrite", mkwrite), ("mkwrite_shstk", mkwrite))),
+            ("contpte", (("cont", 0), ("cont_ptes", 0), ("cont_hint", False), ("mkcont", 0))),
+            ("pte_batch_hint", (("cont_hint", False),)),
+            ("arm64_mkcont_only", (("mkcont", _ARM_CONT | _ARM_PAGE),)),
+        ),
     )
     old = replace(
         layout,
@@ -1010,6 +1031,38 @@ def pte_advance_pfn(layout: PteLayout, v: int, n: int) -> int:
     if v and not v & layout.plain:
         return v - (n << layout.pfn_shift) & U64_MAX
     return v + (n << layout.pfn_shift) & U64_MAX
+
+
+def pte_valid_cont(layout: PteLayout, v: int) -> bool:
+    """Tell whether the entry belongs to a block that the hardware may hold as one (arm64 contpte)."""
+    if type(v) is not int or v >> 64:
+        v = _u64(v)
+    return v & layout.cont != 0 and v & layout.valid != 0
+
+
+def pte_batch_hint(layout: PteLayout, idx: int, v: int) -> int:
+    """Return how many entries from slot `idx`, which holds `v`, are certain to form a batch: the rest of its block.
+
+    >>> pte_batch_hint(ARM64_4K, 18, ARM64_4K.cont | ARM64_4K.valid), pte_batch_hint(X86_64, 18, 0x67)
+    (14, 1)
+    """
+    if layout.cont_hint and pte_valid_cont(layout, v):
+        return layout.cont_ptes - idx % layout.cont_ptes
+    return 1
+
+
+def ptep_get(layout: PteLayout, entries: Any, idx: int) -> int:
+    """Read a slot of a table; one of a folded block (arm64 contpte) with the young and dirty state of all of it."""
+    v = int(entries[idx])
+    if not pte_valid_cont(layout, v):
+        return v
+    start = idx - idx % layout.cont_ptes
+    block = [int(entry) for entry in entries[start : start + layout.cont_ptes]]
+    if any(pte_dirty(layout, entry) for entry in block):
+        v = pte_mkdirty(layout, v)
+    if any(pte_young(layout, entry) for entry in block):
+        v = pte_mkyoung(layout, v)
+    return v
 
 
 def pte_next_pfn(layout: PteLayout, v: int) -> int:

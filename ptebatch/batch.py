@@ -71,6 +71,7 @@ simd_level = _level(os.environ.get("PTEBATCH_SIMD", "auto"))
 """The level the core's fast lane works at, a value of ``_core.SIMD_LEVELS``; from PTEBATCH_SIMD, and set by tests."""
 
 NO_PFN = (1 << 64) - 1
+_NO_FOLIOS = FolioTable()
 MIN_POOL = 64
 HELPERS = {name: number for number, name in enumerate(_core.HELPERS)}
 
@@ -187,7 +188,7 @@ def folio_pte_batch(
     max_nr = checks.check_nr("max_nr", max_nr, idx, layout)
     flags = checks.check_flags(flags, semantics)
     layout = configured(layout, semantics)
-    first = int(entries[idx]) if pte is None else checks.check_u64("pte", pte)
+    first = arch.ptep_get(layout, entries, idx) if pte is None else checks.check_u64("pte", pte)
     if not arch.pte_present(layout, first):
         raise ArgumentError(f"entry {first:#x} in slot {idx} is not present")
     pfn = arch.pte_pfn(layout, first)
@@ -212,7 +213,9 @@ def folio_pte_batch(
     return BatchResult(nr, any_writable, any_young, any_dirty, first)
 
 
-def set_ptes(entries: U64, idx: int, pte: int, nr: int, *, layout: PteLayout) -> None:
+def set_ptes(
+    entries: U64, idx: int, pte: int, nr: int, *, layout: PteLayout, folios: FolioTable | None = None
+) -> None:
     """Set nr entries to consecutive pages; see :func:`ptebatch.reference.set_ptes`."""
     checks.check_layout(layout)
     checks.check_row("entries", entries, layout, writable=True)
@@ -220,7 +223,8 @@ def set_ptes(entries: U64, idx: int, pte: int, nr: int, *, layout: PteLayout) ->
     nr = checks.check_nr("nr", nr, idx, layout)
     pte = checks.check_u64("pte", pte)
     checks.check_set_ptes(entries, idx, pte, nr, layout)
-    _core.py_set_ptes(entries.reshape(1, -1), idx, pte, nr, _layout_words(layout))
+    table = entries.reshape(1, -1)
+    _core.py_set_ptes(table, idx, pte, nr, _layout_words(layout), *_memmap(_NO_FOLIOS if folios is None else folios))
 
 
 def wrprotect_ptes(entries: U64, idx: int, nr: int, *, layout: PteLayout) -> None:

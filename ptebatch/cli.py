@@ -612,6 +612,7 @@ def fork(
         "ptebatch diff --workload size=64MiB,guard=0.1 --semantics v6.12 --semantics v6.18",
         "ptebatch diff --workload size=4MiB,folio=64KiB --semantics v6.8 --semantics v6.9",
         "ptebatch diff --workload size=4MiB,guard=0.1 --semantics v6.18 --set guard_markers=off",
+        "ptebatch diff --arch arm64-4k --workload folio=2MiB --semantics v6.18 --set pte_batch_hint=off",
     )
 )
 def diff(
@@ -869,6 +870,7 @@ def explain(
 
     with _progress("finding batches"):
         found = explaining.explain_batches(source.mm, semantics=source.semantics, by_vma=by_vma)
+        eligible = explaining.eligibility(source.mm)
     compared: list[tuple[int | None, dict[str, Any]]] = []
     if sizes:
         with _hints(pid), _progress("laying memory out anew") as progress:
@@ -897,6 +899,7 @@ def explain(
             "vmas_skipped": found.vmas_skipped,
             "arch": source.mm.layout.name,
             "semantics": source.semantics.label,
+            "eligible": eligible,
             "bound": source.bound,
         }
         if by_vma:
@@ -919,6 +922,8 @@ def explain(
     if compared:
         columns = {"as it is" if size is None else format_size(size): stats for size, stats in compared}
         blocks.append(report.counts_table(columns, change=True))
+    title = "what hardware could hold as one, not what a kernel does"
+    blocks.append(report.titled(title, report.eligible_table(eligible)))
     _print(*blocks, *_inferred(source.bound))
 
 

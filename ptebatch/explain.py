@@ -37,10 +37,10 @@ from ptebatch.folio import (
     SWAPBACKED_BIT,
     FolioTable,
 )
-from ptebatch.mm import Mm, Vma, configured, pte_pfns, soft_dirty_tracked
+from ptebatch.mm import Mm, Vma, configured, fold, gathered, pte_pfns, runs_alike, soft_dirty_tracked
 from ptebatch.semantics import LATEST, KernelSemantics
 
-__all__ = ["CAUSES", "BatchEnds", "Explanation", "VmaBatchEnds", "explain_batches", "what_if"]
+__all__ = ["CAUSES", "BatchEnds", "Explanation", "VmaBatchEnds", "eligibility", "explain_batches", "what_if"]
 
 Bools = npt.NDArray[np.bool_]
 I64 = npt.NDArray[np.int64]
@@ -153,7 +153,9 @@ def explain_batches(mm: Mm, *, semantics: KernelSemantics = LATEST, by_vma: bool
     """Find the batches in which fork would copy an address space, and what ends each of them.
 
     Nothing is changed. VMAs that fork does not copy (VM_DONTCOPY, VM_WIPEONFORK, no anonymous pages) and hugetlb VMAs
-    are left out; so are PMD leaves, which are copied whole.
+    are left out; so are PMD leaves, which are copied whole. Entries are taken as they are: where fork itself changes
+    those of a later batch (arm64 contpte: a block that two VMAs share, or that is copied page by page because it may be
+    pinned, is unfolded on the way) there can be more batches.
 
     Parameters
     ----------
@@ -268,7 +270,7 @@ def _batches(mm: Mm, vma: Vma, layout: PteLayout, semantics: KernelSemantics) ->
         high = min(low + step, last)
         skip = max(0, start_vpn - int(mm.vpns[low]))
         drop = max(0, int(mm.vpns[high - 1]) + ptrs - end_vpn)
-        entries = mm.entries[low:high].reshape(-1)[skip : (high - low) * ptrs - drop]
+        entries = gathered(layout, mm.entries[low:high]).reshape(-1)[skip : (high - low) * ptrs - drop]
         present = np.flatnonzero(pte_pfns(layout, entries)[0])
         if not len(present):
             continue
@@ -500,7 +502,7 @@ def what_if(mm: Mm, folio_bytes: int) -> Mm:
         pfn += len(here) << order
     new_pfns = head_pfns[np.cumsum(heads) - 1] + offset
 
-    moved = values & np.uint64(~layout.pfn_mask & arch.U64_MAX)
+    moved = values & np.uint64(~(layout.pfn_mask | layout.cont) & arch.U64_MAX)
     field = new_pfns.view(np.uint64) << np.uint64(layout.pfn_shift)
     inverted = values & np.uint64(layout.plain) == 0
     flat[slots] = moved | np.where(inverted, ~field & np.uint64(layout.pfn_mask), field)
@@ -532,7 +534,7 @@ def what_if(mm: Mm, folio_bytes: int) -> Mm:
                 folio.refcount += 1
             else:
                 folio.refcount += GUP_PIN_COUNTING_BIAS
-    return Mm(
+    other = Mm(
         layout,
         table,
         vmas=[replace(vma) for vma in mm.vmas],
@@ -545,3 +547,42 @@ def what_if(mm: Mm, folio_bytes: int) -> Mm:
         mm_id=mm_id,
         name=mm.name,
     )
+    fold(other)
+    return other
+
+
+_COALESCED = (("arm64 contpte", 65536), ("riscv Svnapot", 65536), ("AMD PTE coalescing", 16384))
+
+
+def eligibility(mm: Mm) -> list[dict[str, Any]]:
+    """Find out how much memory lies in runs that some hardware could translate as one.
+
+    That is what hardware could do with page tables like these, whatever their architecture, and not what a kernel does:
+    which has to ask for it (arm64, which Linux does for user memory, and riscv, which it does not), or cannot (AMD).
+
+    Parameters
+    ----------
+    mm : Mm
+        Its page tables; leaves above them are larger anyway.
+
+    Returns
+    -------
+    list of dict
+        A row for each kind: ``hardware``, ``run_bytes``; ``bytes`` in runs that are aligned by address and by physical
+        address, contiguous, valid and alike but for young and dirty; ``share`` of the present memory; ``same_bytes``
+        and ``same_share`` where young and dirty are the same, too. Of a kind no larger than a page these are None.
+    """
+    layout = mm.layout
+    present, _ = pte_pfns(layout, mm.entries)
+    special = mm.entries & np.uint64(layout.special) != 0
+    memory = int(np.count_nonzero(present & ~special)) * layout.page_size
+    rows = []
+    for hardware, run_bytes in _COALESCED:
+        size = run_bytes // layout.page_size
+        row: dict[str, Any] = dict.fromkeys(("bytes", "share", "same_bytes", "same_share"))
+        if size > 1:
+            counts = [int(np.count_nonzero(runs)) * run_bytes for runs in runs_alike(layout, mm.entries, size)]
+            for name, count in zip(("", "same_"), counts, strict=True):
+                row |= {f"{name}bytes": count, f"{name}share": count / memory if memory else 0.0}
+        rows.append({"hardware": hardware, "run_bytes": run_bytes, **row})
+    return rows

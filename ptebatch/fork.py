@@ -70,6 +70,10 @@ class ForkStats:
         allocated ones.
     hugetlb_entries, hugetlb_copied : int
         Present entries of hugetlb mappings; those among them whose folio was copied because it may be pinned.
+    contpte_reads, contpte_folds, contpte_unfolds : int
+        arm64 contpte: entries read beside those of `ptep_get`, to gather the young and dirty bits of a folded block
+        (all of it, for each entry asked for); blocks that a single entry completed (others are set folded); blocks
+        unfolded.
     batch_hist : numpy.ndarray
         int64[ptrs_per_pte + 1]: batches by nr.
     """
@@ -103,6 +107,9 @@ class ForkStats:
     tables_deposited: int
     hugetlb_entries: int
     hugetlb_copied: int
+    contpte_reads: int
+    contpte_folds: int
+    contpte_unfolds: int
     batch_hist: npt.NDArray[np.int64]
 
     @classmethod

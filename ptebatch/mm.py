@@ -30,13 +30,14 @@ STAT_FIELDS = (
     "eagain_rounds", "copied_pages", "anon_exclusive_cleared", "special_ptes", "swap_entries", "migration_entries",
     "device_private_entries", "device_exclusive_entries", "hwpoison_entries", "pte_markers",
     "pmds_copied", "pmds_split", "tables_deposited", "hugetlb_entries", "hugetlb_copied",
+    "contpte_reads", "contpte_folds", "contpte_unfolds",
 )  # fmt: skip
 """Counters of one page-table walk, in the order of the arrays `new_stats` makes; the batch histogram follows."""
 ZAP_STAT_FIELDS = (
     "ptes_none", "ptes_present", "ptes_single", "ptes_batched", "batches", "ptes_skipped", "special_ptes", "ptep_get",
     "clear_ptes", "rmap_remove", "folio_put", "folios_freed", "folio_mark_dirty", "folio_mark_accessed",
     "uffd_wp_markers", "swap_entries", "migration_entries", "device_private_entries", "device_exclusive_entries",
-    "hwpoison_entries", "pte_markers",
+    "hwpoison_entries", "pte_markers", "contpte_reads", "contpte_folds", "contpte_unfolds",
 )  # fmt: skip
 """Counters of one zap, in the order of the arrays `new_zap_stats` makes; the batch histogram follows."""
 
@@ -478,6 +479,87 @@ def pte_pfns(layout: PteLayout, entries: U64) -> tuple[npt.NDArray[np.bool_], U6
         present &= entries & u(layout.present_need) == u(layout.present_need)
     value = np.where(entries & u(layout.plain) != 0, entries, ~entries)
     return present, (value & u(layout.pfn_mask)) >> u(layout.pfn_shift)
+
+
+def stepped(step: arch.Step, entries: U64) -> U64:
+    """Apply one of a layout's steps to every entry."""
+    clear, bits, mask, value, then_clear, then_set = (np.uint64(number) for number in step)
+    out = entries & ~clear | bits
+    if not then_clear | then_set:
+        return out
+    return np.where(entries & mask == value, out & ~then_clear | then_set, out)
+
+
+def without_young_dirty(layout: PteLayout, entries: U64) -> U64:
+    """``pte_mkold(pte_mkclean())`` of every entry."""
+    return stepped(layout.mkold, stepped(layout.mkclean, entries))
+
+
+def ptes_dirty(layout: PteLayout, entries: U64) -> npt.NDArray[np.bool_]:
+    """``pte_dirty()`` of every entry."""
+    u = np.uint64
+    return (entries & u(layout.dirty | layout.saved_dirty) != 0) | (
+        entries & u(layout.dirty_mask) == u(layout.dirty_value)
+    )
+
+
+def gathered(layout: PteLayout, tables: U64) -> U64:
+    """Return whole page tables as ``ptep_get()`` reads them: folded blocks (arm64 contpte) alike in young and dirty."""
+    if not layout.cont:
+        return tables
+    u = np.uint64
+    blocks = tables.reshape(-1, layout.cont_ptes)
+    folded = (blocks & u(layout.cont) != 0) & (blocks & u(layout.valid) != 0)
+    dirty = folded & ptes_dirty(layout, blocks).any(axis=1, keepdims=True)
+    young = folded & (blocks & u(layout.young) != 0).any(axis=1, keepdims=True)
+    blocks = np.where(dirty, stepped(layout.mkdirty, blocks), blocks)
+    return np.where(young, stepped(layout.mkyoung, blocks), blocks).reshape(tables.shape)
+
+
+def runs_alike(layout: PteLayout, tables: U64, size: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Find aligned runs of `size` valid entries that map consecutive, aligned pages of the same kind.
+
+    Parameters
+    ----------
+    layout : PteLayout
+    tables : ndarray of uint64, shape (n, ptrs_per_pte)
+    size : int
+        A power of two.
+
+    Returns
+    -------
+    alike, same : ndarray of bool
+        For each run, in order: whether its entries are alike but for young and dirty; whether also in these.
+    """
+    u = np.uint64
+    runs = tables.reshape(-1, size)
+    _, pfns = pte_pfns(layout, runs)
+    first = pfns[:, :1]
+    whole = (runs & u(layout.valid) != 0).all(axis=1) & (first[:, 0] % u(size) == 0)
+    whole &= (runs & u(layout.special) == 0).all(axis=1) & pte_pfns(layout, runs)[0].all(axis=1)
+    whole &= (pfns == first + np.arange(size, dtype=u)).all(axis=1)
+    other = u(~(layout.pfn_mask | layout.cont) & arch.U64_MAX)
+    plain = without_young_dirty(layout, runs) & other
+    alike = whole & (plain == plain[:, :1]).all(axis=1)
+    return alike, alike & (runs & other == (runs & other)[:, :1]).all(axis=1)
+
+
+def fold(mm: Mm) -> int:
+    """Fold blocks as arm64 contpte does where memory is mapped folio by folio; returns how many.
+
+    A block is folded if its entries are alike but for young and dirty, which the hardware sets in any of them, and map
+    aligned, consecutive pages of one folio.
+    """
+    layout = mm.layout
+    if not layout.cont or not mm.entries.size:
+        return 0
+    blocks = mm.entries.reshape(-1, layout.cont_ptes)
+    chosen = np.flatnonzero(runs_alike(layout, mm.entries, layout.cont_ptes)[0])
+    index = mm.folios.lookup(pte_pfns(layout, blocks[chosen, 0])[1].astype(np.int64))
+    orders = mm.folios._words[index] >> np.uint64(f.ORDER_SHIFT) & np.uint64((1 << f.ORDER_BITS) - 1)
+    chosen = chosen[(index >= 0) & (np.int64(1) << orders.astype(np.int64) >= layout.cont_ptes)]
+    blocks[chosen] |= np.uint64(layout.cont)
+    return len(chosen)
 
 
 def swap_keys(layout: PteLayout, entries: U64, semantics: KernelSemantics) -> U64:

@@ -30,6 +30,8 @@ class WrprotectStats(WalkStats):
         Entries read.
     wrprotect_ptes, ptes_wrprotected : int
         Calls, and entries covered. Entries and batches without a writable entry need none.
+    contpte_reads, contpte_folds, contpte_unfolds : int
+        As in `ptebatch.fork.ForkStats`.
     batch_hist : numpy.ndarray
         int64[ptrs_per_pte + 1]: visits by nr.
     """
@@ -42,6 +44,9 @@ class WrprotectStats(WalkStats):
     ptep_get: int
     wrprotect_ptes: int
     ptes_wrprotected: int
+    contpte_reads: int
+    contpte_folds: int
+    contpte_unfolds: int
     batch_hist: npt.NDArray[np.int64]
 
 

@@ -9,7 +9,8 @@ here is fast.  Read it from top to bottom to learn what the kernel does:
 4. `copy_pte_range` does this for one page table, `copy_page_range` for all tables of a VMA;
 5. `check_range` looks for what cannot be copied before anything is written;
 6. `wrprotect_range` uses the same batches for write-protection alone;
-7. `zap_present_ptes` and `zap_range` take mappings away again, as munmap and exit do.
+7. `zap_present_ptes` and `zap_range` take mappings away again, as munmap and exit do;
+8. `_ptep_get`, `_set_ptes` and their like know of arm64's folded blocks (contpte), and are plain elsewhere.
 
 Modelled: mm/internal.h, mm/memory.c, include/linux/rmap.h and include/linux/pgtable.h, v6.6 to v6.19; each
 function says which.  What differs between releases is a switch of `ptebatch.semantics.KernelSemantics`.
@@ -17,8 +18,9 @@ function says which.  What differs between releases is a switch of `ptebatch.sem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from errno import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,14 @@ _STAT = {name: position for position, name in enumerate(STAT_FIELDS)}
 
 def _count(stats: np.ndarray, name: str, by: int = 1) -> None:
     stats[_STAT[name]] += by
+
+
+Counter = Callable[..., None]
+"""Counts an event of that name, or several."""
+
+
+def _not_counted(name: str, by: int = 1) -> None:
+    pass
 
 
 def _count_batch(stats: np.ndarray, nr: int) -> None:
@@ -149,14 +159,14 @@ def folio_pte_batch(
     flags = checks.check_flags(flags, semantics)
     vm_flags = checks.check_u64("vm_flags", vm_flags)
     layout = configured(layout, semantics)
-    value = int(entries[idx]) if pte is None else checks.check_u64("pte", pte)
+    value = _ptep_get(entries, idx, layout, _not_counted) if pte is None else checks.check_u64("pte", pte)
     if not arch.pte_present(layout, value):
         raise ArgumentError(f"pte {value:#x} is not present; a batch starts at a present entry")
     pfn = arch.pte_pfn(layout, value)
     if pfn not in folios:
         raise PfnError(pfn=pfn)
     folio = folios.page(pfn).folio
-    return _folio_pte_batch(entries, idx, value, max_nr, folio, layout, semantics, flags, vm_flags)[0]
+    return _folio_pte_batch(entries, idx, value, max_nr, folio, layout, semantics, flags, vm_flags, _not_counted)[0]
 
 
 def _folio_pte_batch(
@@ -169,25 +179,29 @@ def _folio_pte_batch(
     semantics: KernelSemantics,
     flags: int,
     vm_flags: int,
+    count: Counter,
 ) -> tuple[BatchResult, int]:
     """Return the batch and how many entries were read to find it."""
     limit = min(max_nr, folio.pfn + folio.nr_pages - arch.pte_pfn(layout, pte))
     any_writable = any_young = any_dirty = False
-    expected = arch.pte_next_pfn(layout, _normalise(layout, semantics, flags, pte))
-    nr = 1
+    hint = nr = arch.pte_batch_hint(layout, idx, pte)
+    expected = arch.pte_advance_pfn(layout, _normalise(layout, semantics, flags, pte), hint)
     reads = 0
     while nr < limit:
-        cur = int(entries[idx + nr])
+        cur = _ptep_get(entries, idx + nr, layout, count)
         reads += 1
         if _normalise(layout, semantics, flags, cur) != expected:
             break
         any_writable |= arch.pte_write(layout, cur)
         any_young |= arch.pte_young(layout, cur)
         any_dirty |= arch.pte_dirty(layout, cur)
-        expected = arch.pte_next_pfn(layout, expected)
-        nr += 1
-    if not semantics.fpb_clamp and nr == limit < max_nr:
+        hint = arch.pte_batch_hint(layout, idx + nr, cur)
+        expected = arch.pte_advance_pfn(layout, expected, hint)
+        nr += hint
+    if not semantics.fpb_clamp and limit <= nr < max_nr:
+        _ptep_get(entries, idx + nr, layout, count)
         reads += 1  # before the clamp the folio's end was noticed only on the entry behind it
+    nr = min(nr, limit)  # a block may reach beyond what is asked for
 
     merged = pte
     if semantics.fpb_respect:
@@ -222,8 +236,12 @@ def _normalise(layout: PteLayout, semantics: KernelSemantics, flags: int, v: int
 # --- set_ptes, wrprotect_ptes -----------------------------------------------------------------------------------------
 
 
-def set_ptes(entries: np.ndarray, idx: int, pte: int, nr: int, *, layout: PteLayout) -> None:
+def set_ptes(
+    entries: np.ndarray, idx: int, pte: int, nr: int, *, layout: PteLayout, folios: FolioTable | None = None
+) -> None:
     """Set `nr` slots to `pte`, the PFN advancing by one from slot to slot.
+
+    With arm64 contpte, blocks that are covered whole are set folded, and a single entry may complete a block.
 
     Parameters
     ----------
@@ -236,6 +254,8 @@ def set_ptes(entries: np.ndarray, idx: int, pte: int, nr: int, *, layout: PteLay
     nr : int
         Number of slots. With more than one, `pte` must be present and the slots must not be.
     layout : PteLayout
+    folios : FolioTable, optional
+        Says whether a block that a single entry completes lies in one folio; without it no such block is folded.
 
     Raises
     ------
@@ -252,12 +272,17 @@ def set_ptes(entries: np.ndarray, idx: int, pte: int, nr: int, *, layout: PteLay
     nr = checks.check_nr("nr", nr, idx, layout)
     pte = checks.check_u64("pte", pte)
     checks.check_set_ptes(entries, idx, pte, nr, layout)
-    _set_ptes(entries, idx, pte, nr, layout)
+    _set_ptes(entries, idx, pte, nr, layout, folios, _not_counted)
 
 
-def _set_ptes(entries: np.ndarray, idx: int, pte: int, nr: int, layout: PteLayout) -> None:
+def _set_ptes(
+    entries: np.ndarray, idx: int, pte: int, nr: int, layout: PteLayout, folios: FolioTable | None, count: Counter
+) -> None:
     if arch.pte_present(layout, pte):
         pte &= ~layout.set_ptes_clear  # s390
+    if layout.cont:
+        _contpte_set_ptes(entries, idx, pte & ~layout.cont, nr, layout, folios, count)
+        return
     for k in range(nr):
         entries[idx + k] = arch.pte_advance_pfn(layout, pte, k)
 
@@ -289,12 +314,99 @@ def wrprotect_ptes(entries: np.ndarray, idx: int, nr: int, *, layout: PteLayout)
     idx = checks.check_idx(idx, layout)
     nr = checks.check_nr("nr", nr, idx, layout)
     checks.check_batch_ptes("wrprotect_ptes", entries, idx, nr, layout)
-    _wrprotect_ptes(entries, idx, nr, layout)
+    _wrprotect_ptes(entries, idx, nr, layout, _not_counted)
 
 
-def _wrprotect_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> None:
+def _wrprotect_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout, count: Counter) -> None:
+    if nr == 1 and int(entries[idx]) & layout.cont:
+        _contpte_unfold(entries, idx, layout, count)  # valid or not: only present entries come here
+    elif nr > 1:
+        _contpte_try_unfold_partial(entries, idx, nr, layout, count)
     for slot in range(idx, idx + nr):
         entries[slot] = arch.ptep_set_wrprotect(layout, int(entries[slot]))
+
+
+# --- arm64 contpte ----------------------------------------------------------------------------------------------------
+# arch/arm64/mm/contpte.c and the wrappers in arch/arm64/include/asm/pgtable.h, v6.9 to v6.19. A block is `cont_ptes`
+# slots, aligned; all of it is in one table. Where a layout has no `cont`, none of this happens.
+
+
+def _ptep_get(entries: np.ndarray, idx: int, layout: PteLayout, count: Counter) -> int:
+    if arch.pte_valid_cont(layout, int(entries[idx])):
+        count("contpte_reads", layout.cont_ptes)
+    return arch.ptep_get(layout, entries, idx)
+
+
+def _block(entries: np.ndarray, idx: int, layout: PteLayout) -> np.ndarray:
+    start = idx - idx % layout.cont_ptes
+    return entries[start : start + layout.cont_ptes]
+
+
+def _contpte_convert(entries: np.ndarray, idx: int, pte: int, layout: PteLayout) -> None:
+    """Write a whole block anew after `pte`, one of its entries, with or without `cont`."""
+    pfn = arch.pte_pfn(layout, pte)
+    pte = arch.pte_advance_pfn(layout, pte, -(pfn % layout.cont_ptes))
+    block = _block(entries, idx, layout)
+    if any(arch.pte_dirty(layout, each) for each in block.tolist()):
+        pte = arch.pte_mkdirty(layout, pte)
+    if any(arch.pte_young(layout, each) for each in block.tolist()):
+        pte = arch.pte_mkyoung(layout, pte)
+    block[:] = [arch.pte_advance_pfn(layout, pte, k) for k in range(layout.cont_ptes)]
+
+
+def _contpte_unfold(entries: np.ndarray, idx: int, layout: PteLayout, count: Counter) -> None:
+    count("contpte_unfolds")
+    _contpte_convert(entries, idx, int(entries[idx]) & ~layout.cont, layout)
+
+
+def _contpte_try_unfold(entries: np.ndarray, idx: int, layout: PteLayout, count: Counter) -> None:
+    if arch.pte_valid_cont(layout, int(entries[idx])):
+        _contpte_unfold(entries, idx, layout, count)
+
+
+def _contpte_try_unfold_partial(entries: np.ndarray, idx: int, nr: int, layout: PteLayout, count: Counter) -> None:
+    """Unfold the blocks at both ends of a range that it does not cover whole."""
+    if not layout.cont:
+        return
+    if idx % layout.cont_ptes or nr < layout.cont_ptes:
+        _contpte_try_unfold(entries, idx, layout, count)
+    if (idx + nr) % layout.cont_ptes:
+        _contpte_try_unfold(entries, idx + nr - 1, layout, count)
+
+
+def _contpte_try_fold(
+    entries: np.ndarray, idx: int, pte: int, layout: PteLayout, folios: FolioTable | None, count: Counter
+) -> None:
+    """Fold the block whose last entry was just set, if all of it is alike but for young and dirty, and in one folio."""
+    last = layout.cont_ptes - 1
+    pfn = arch.pte_pfn(layout, pte)
+    if idx % layout.cont_ptes != last or pfn % layout.cont_ptes != last or not pte & layout.valid:
+        return
+    if arch.pte_special(layout, pte) or folios is None or pfn not in folios:
+        return
+    if pfn - folios.page(pfn).folio.pfn < last:
+        return
+    plain = [arch.pte_mkold(layout, arch.pte_mkclean(layout, v)) for v in (pte, *_block(entries, idx, layout).tolist())]
+    if all(v == arch.pte_advance_pfn(layout, plain[0], k - last) for k, v in enumerate(plain[1:])):
+        count("contpte_folds")
+        _contpte_convert(entries, idx, pte | layout.mkcont, layout)
+
+
+def _contpte_set_ptes(
+    entries: np.ndarray, idx: int, pte: int, nr: int, layout: PteLayout, folios: FolioTable | None, count: Counter
+) -> None:
+    """``set_ptes()`` of a value without `cont`: single entries may unfold and fold, blocks covered whole are folded."""
+    if nr == 1:
+        _contpte_try_unfold(entries, idx, layout, count)
+        entries[idx] = pte
+        _contpte_try_fold(entries, idx, pte, layout, folios, count)
+        return
+    size, pfn, end = layout.cont_ptes, arch.pte_pfn(layout, pte), idx + nr
+    for slot in range(idx, end):
+        start = slot - slot % size
+        whole = idx <= start and start + size <= end and (pfn + start - idx) % size == 0
+        value = pte | layout.mkcont if whole else pte
+        entries[slot] = arch.pte_advance_pfn(layout, value, slot - idx)
 
 
 # --- copy_present_ptes ------------------------------------------------------------------------------------------------
@@ -355,7 +467,7 @@ def copy_present_ptes(
     prealloc = checks.check_prealloc(prealloc)
     stats = checks.check_stats(stats, ctx.layout)
     checks.check_no_overlap(dst=dst, src=src, rss=rss, stats=stats)
-    pte = int(src[idx])
+    pte = _ptep_get(src, idx, ctx.layout, _not_counted)
     if arch.pte_none(ctx.layout, pte):
         raise ArgumentError(f"slot {idx} of src is empty; copy_present_ptes needs a present entry")
     if not arch.pte_present(ctx.layout, pte):
@@ -390,7 +502,8 @@ def _copy_present_ptes(
     if _batching(ctx) and not prealloc and folio.order > 0 and max_nr > 1:
         flags = _fork_batch_flags(ctx)
         vm_flags = ctx.src_vma.vm_flags
-        batch, reads = _folio_pte_batch(src, idx, pte, max_nr, folio, layout, semantics, flags, vm_flags)
+        count = partial(_count, stats)
+        batch, reads = _folio_pte_batch(src, idx, pte, max_nr, folio, layout, semantics, flags, vm_flags, count)
         _count(stats, "ptep_get", reads)
         nr = batch.nr
         _check_room(ctx, folio, pfn, nr, addr)
@@ -469,7 +582,7 @@ def _copy_entries(
     """
     layout = ctx.layout
     if arch.is_cow_mapping(ctx.src_vma.vm_flags) and arch.pte_write(layout, pte):
-        _wrprotect_ptes(src, idx, nr, layout)
+        _wrprotect_ptes(src, idx, nr, layout, partial(_count, stats))
         _count(stats, "wrprotect_ptes")
         _count(stats, "ptes_wrprotected", nr)
         pte = arch.pte_wrprotect(layout, pte)
@@ -478,7 +591,7 @@ def _copy_entries(
     pte = arch.pte_mkold(layout, pte)
     if not ctx.dst_vma.vm_flags & arch.VM_UFFD_WP:
         pte = arch.pte_clear_uffd_wp(layout, pte)
-    _set_ptes(dst, idx, pte, nr, layout)
+    _set_ptes(dst, idx, pte, nr, layout, ctx.folios, partial(_count, stats))
     _count(stats, "set_ptes")
     _count_batch(stats, nr)
 
@@ -506,7 +619,7 @@ def _copy_present_page(
         new = arch.pte_mkwrite(layout, new, ctx.dst_vma.vm_flags)
     if ctx.dst_vma.vm_flags & arch.VM_UFFD_WP and arch.pte_uffd_wp(layout, pte):
         new = arch.pte_mkuffd_wp(layout, new)
-    _set_ptes(dst, idx, new, 1, layout)
+    _set_ptes(dst, idx, new, 1, layout, ctx.folios, partial(_count, stats))
     _count(stats, "copied_pages")
     _count(stats, "set_ptes")
     _count_batch(stats, 1)
@@ -634,7 +747,8 @@ def _copy_nonpresent_pte(
         else:
             if folio.locked:
                 return -EBUSY
-            _set_ptes(src, idx, _restore_exclusive_pte(ctx, folio, pfn, pte, kind, addr), 1, layout)
+            new = _restore_exclusive_pte(ctx, folio, pfn, pte, kind, addr)
+            _set_ptes(src, idx, new, 1, layout, ctx.folios, partial(_count, stats))
             _count_nonpresent(stats, "device_exclusive_entries")
             return -ENOENT
         rss[_mm_counter(folio)] += 1
@@ -819,7 +933,7 @@ def _copy_pte_range(
     prealloc: list[int] = []
     while idx < end:
         addr = None if table_addr is None else table_addr + (idx << ctx.layout.page_shift)
-        pte = int(src[idx])
+        pte = _ptep_get(src, idx, ctx.layout, partial(_count, stats))
         _count(stats, "ptep_get")
         if arch.pte_none(ctx.layout, pte):
             _count(stats, "ptes_none")
@@ -833,7 +947,7 @@ def _copy_pte_range(
             if ret != -ENOENT:
                 # -EIO: the kernel asks for memory once more, now ready to wait for it; here that fails too.
                 return -ENOMEM if ret == -EIO else ret
-            pte = int(src[idx])
+            pte = _ptep_get(src, idx, ctx.layout, partial(_count, stats))
             _count(stats, "ptep_get")
         ret = _copy_present_ptes(ctx, dst, src, idx, pte, end - idx, rss, prealloc, stats, addr)
         if ret == -EAGAIN:
@@ -1003,7 +1117,7 @@ def _wrprotect_pte_range(
 ) -> None:
     flags = _ignore_all_flags(semantics)
     while idx < end:
-        pte = int(entries[idx])
+        pte = _ptep_get(entries, idx, layout, partial(_count, stats))
         _count(stats, "ptep_get")
         nr = 1
         if arch.pte_none(layout, pte):
@@ -1016,13 +1130,13 @@ def _wrprotect_pte_range(
                 folio = mm.folios.page(arch.pte_pfn(layout, pte)).folio
                 if folio.order > 0 and end - idx > 1:
                     batch, reads = _folio_pte_batch(
-                        entries, idx, pte, end - idx, folio, layout, semantics, flags, vm_flags
+                        entries, idx, pte, end - idx, folio, layout, semantics, flags, vm_flags, partial(_count, stats)
                     )
                     _count(stats, "ptep_get", reads)
                     nr = batch.nr
                     writable |= batch.any_writable
             if writable:
-                _wrprotect_ptes(entries, idx, nr, layout)
+                _wrprotect_ptes(entries, idx, nr, layout, partial(_count, stats))
                 _count(stats, "wrprotect_ptes")
                 _count(stats, "ptes_wrprotected", nr)
             _count_batch(stats, nr)
@@ -1066,7 +1180,7 @@ def clear_full_ptes(entries: np.ndarray, idx: int, nr: int, *, layout: PteLayout
     ``clear_full_ptes()``, include/linux/pgtable.h, v6.9+.
     """
     _check_clear("clear_full_ptes", entries, idx, nr, layout)
-    _clear_full_ptes(entries, idx, nr, layout)
+    _clear_full_ptes(entries, idx, nr, layout, _not_counted)
 
 
 def get_and_clear_full_ptes(entries: np.ndarray, idx: int, nr: int, *, layout: PteLayout) -> int:
@@ -1084,7 +1198,7 @@ def get_and_clear_full_ptes(entries: np.ndarray, idx: int, nr: int, *, layout: P
     ``get_and_clear_full_ptes()``, include/linux/pgtable.h, v6.9+. Making an entry dirty also makes it soft-dirty.
     """
     _check_clear("get_and_clear_full_ptes", entries, idx, nr, layout)
-    return _get_and_clear_full_ptes(entries, idx, nr, layout)
+    return _get_and_clear_full_ptes(entries, idx, nr, layout, _not_counted)
 
 
 def _check_clear(function: str, entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> None:
@@ -1095,15 +1209,23 @@ def _check_clear(function: str, entries: np.ndarray, idx: int, nr: int, layout: 
     checks.check_batch_ptes(function, entries, idx, nr, layout)
 
 
-def _clear_full_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> None:
+def _clear_full_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout, count: Counter) -> None:
+    if nr == 1:
+        _contpte_try_unfold(entries, idx, layout, count)
+    else:
+        _contpte_try_unfold_partial(entries, idx, nr, layout, count)
     for slot in range(idx, idx + nr):
         entries[slot] = layout.none_value
 
 
-def _get_and_clear_full_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout) -> int:
+def _get_and_clear_full_ptes(entries: np.ndarray, idx: int, nr: int, layout: PteLayout, count: Counter) -> int:
+    if nr == 1:
+        _contpte_try_unfold(entries, idx, layout, count)
+    else:
+        _contpte_try_unfold_partial(entries, idx, nr, layout, count)
     pte = int(entries[idx])
     others = [int(entries[slot]) for slot in range(idx + 1, idx + nr)]
-    _clear_full_ptes(entries, idx, nr, layout)
+    entries[idx : idx + nr] = layout.none_value
     if any(arch.pte_dirty(layout, other) for other in others):
         pte = arch.pte_mkdirty(layout, pte)
     if any(arch.pte_young(layout, other) for other in others):
@@ -1157,7 +1279,8 @@ def zap_present_ptes(
     stats = checks.check_zap_stats(stats, ctx.layout)
     checks.check_no_overlap(entries=entries, rss=rss, stats=stats)
     checks.check_present(ctx.layout, int(entries[idx]), idx)
-    return _zap_present_ptes(ctx, entries, idx, int(entries[idx]), max_nr, rss, stats, None)
+    pte = _ptep_get(entries, idx, ctx.layout, _not_counted)
+    return _zap_present_ptes(ctx, entries, idx, pte, max_nr, rss, stats, None)
 
 
 def _zap_present_ptes(
@@ -1170,10 +1293,10 @@ def _zap_present_ptes(
     stats: np.ndarray,
     addr: int | None,
 ) -> int:
-    layout, semantics = ctx.layout, ctx.semantics
+    layout, semantics, count = ctx.layout, ctx.semantics, partial(_count_zap, stats)
     nr = 1
     if not _vm_normal_page(ctx.folios, layout, pte, ctx.pfn_without_page, addr):
-        _clear_full_ptes(entries, idx, 1, layout)
+        _clear_full_ptes(entries, idx, 1, layout, count)
         _count_zap(stats, "special_ptes")
     else:
         pfn = arch.pte_pfn(layout, pte)
@@ -1183,15 +1306,15 @@ def _zap_present_ptes(
             return 1
         if ctx.batching and folio.order > 0 and max_nr > 1:
             flags = _ignore_all_flags(semantics)
-            batch, reads = _folio_pte_batch(entries, idx, pte, max_nr, folio, layout, semantics, flags, 0)
+            batch, reads = _folio_pte_batch(entries, idx, pte, max_nr, folio, layout, semantics, flags, 0, count)
             _count_zap(stats, "ptep_get", reads)
             nr = batch.nr
         _remove_rmap(ctx, folio, pfn, nr, stats, addr)
         rss[_mm_counter(folio)] -= nr
         if folio.anon:
-            _clear_full_ptes(entries, idx, nr, layout)  # nobody wants to know whether it was young or dirty
+            _clear_full_ptes(entries, idx, nr, layout, count)  # nobody wants to know whether it was young or dirty
         else:
-            old = _get_and_clear_full_ptes(entries, idx, nr, layout)
+            old = _get_and_clear_full_ptes(entries, idx, nr, layout, count)
             if arch.pte_dirty(layout, old):
                 folio.dirty = True
                 _count_zap(stats, "folio_mark_dirty")
@@ -1374,7 +1497,7 @@ def _zap_pte_range(
 ) -> None:
     while idx < end:
         addr = table_addr + (idx << ctx.layout.page_shift)
-        pte = int(entries[idx])
+        pte = _ptep_get(entries, idx, ctx.layout, partial(_count_zap, stats))
         _count_zap(stats, "ptep_get")
         if arch.pte_none(ctx.layout, pte):
             _count_zap(stats, "ptes_none")

@@ -221,6 +221,16 @@ def ends_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def eligible_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Show what memory some hardware could translate as one: rows of `ptebatch.explain.eligibility`."""
+    table = _table("runs of", "for", "memory", "same A and D, too", left=("for",))
+    for row in rows:
+        shares = (row["share"], row["same_share"])
+        size = f"{row['run_bytes'] >> 10}KiB"
+        _add(table, size, row["hardware"], *("a page" if share is None else format_share(share) for share in shares))
+    return table
+
+
 def vma_table(rows: Sequence[Mapping[str, Any]], *, short: bool = False) -> Table:
     """One line per VMA.
 

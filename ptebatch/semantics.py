@@ -43,11 +43,22 @@ SWITCHES: dict[str, Switch] = {
     "saved_dirty": Switch("bb3aadf7d446", "v6.6", "x86 keeps Dirty of read-only entries in bit 58"),
     "fork_batching": Switch("f8d937761d65", "v6.9", "fork copies batches of PTEs of one large folio"),
     "zap_batching": Switch("10ebac4f95e7", "v6.9", "unmapping clears batches of PTEs of one large folio"),
+    "contpte": Switch(
+        "20240215103205.2607016-1-ryan.roberts@arm.com", "v6.9", "arm64 folds blocks of entries: CONFIG_ARM64_CONTPTE"
+    ),
+    "pte_batch_hint": Switch(
+        "20240215103205.2607016-1-ryan.roberts@arm.com", "v6.9", "folio_pte_batch() reads a folded block once"
+    ),
     "any_young_dirty": Switch("96ebdb032096", "v6.10", "folio_pte_batch() reports any_young and any_dirty"),
     "large_mapcount": Switch("05c5323b2a34", "v6.10", "large folios count all their mappings in _large_mapcount"),
     "copy_mc": Switch("658be46520ce", "v6.12", "copying a pinned page survives a memory error: -EHWPOISON"),
     "special_pmd": Switch("bc02afbd4d73", "v6.12", "fork copies special (PFNMAP) PMDs"),
     "huge_zero_wp": Switch("1ced09e0331f", "v6.13", "a write to the huge zero page maps a new huge page in one fault"),
+    "arm64_mkcont_only": Switch(
+        "20241104041617.3804617-1-anshuman.khandual@arm.com",
+        "v6.13",
+        "folding arm64 entries does not make PROT_NONE ones valid",
+    ),
     "guard_markers": Switch("7c53dfbdb024", "v6.13", "guard markers exist and are copied to the child"),
     "hugetlb_copy_vm_write": Switch(
         "20241204153100.1967364-1-david@redhat.com",
@@ -129,11 +140,14 @@ class KernelSemantics:
     saved_dirty: bool
     fork_batching: bool
     zap_batching: bool
+    contpte: bool
+    pte_batch_hint: bool
     any_young_dirty: bool
     large_mapcount: bool
     copy_mc: bool
     special_pmd: bool
     huge_zero_wp: bool
+    arm64_mkcont_only: bool
     guard_markers: bool
     hugetlb_copy_vm_write: bool
     arm64_present_invalid: bool

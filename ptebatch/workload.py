@@ -23,7 +23,7 @@ from ptebatch import arch
 from ptebatch.arch import X86_64, PteLayout
 from ptebatch.errors import ArgumentError
 from ptebatch.folio import SECTION_PAGES, FolioTable
-from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, Mm, Vma, none_tables
+from ptebatch.mm import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS, Mm, Vma, fold, none_tables
 
 __all__ = ["ALIGNMENTS", "GRANULARITIES", "PFN_ORDERS", "VMA_KINDS", "Workload", "format_size", "make", "parse"]
 
@@ -472,6 +472,7 @@ class _Builder:
         vmas, vpns, entries = self.tables(vma_pages, kind_of_vma, vm_flags, values)
         mm = Mm(layout, folios, vmas=vmas, vpns=vpns, entries=entries, has_pinned=has_pinned, mm_id=mm_id, name=str(w))
         mm.rss[MM_SWAPENTS] = np.count_nonzero(swapped)
+        fold(mm)
         if leaf is not None:
             self.map_by_pmd(mm, self.start[leaf], pfn, exclusive)
         mm.rss[MM_ANONPAGES] = np.count_nonzero(anon & present)

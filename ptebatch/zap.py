@@ -56,6 +56,8 @@ class ZapStats(WalkStats):
         Present entries of hugetlb mappings taken away.
     tables_freed : int
         Page tables given back, those deposited with PMD leaves included.
+    contpte_reads, contpte_folds, contpte_unfolds : int
+        As in `ptebatch.fork.ForkStats`.
     batch_hist : numpy.ndarray
         int64[ptrs_per_pte + 1]: batches of present entries by nr.
     """
@@ -81,6 +83,9 @@ class ZapStats(WalkStats):
     device_exclusive_entries: int
     hwpoison_entries: int
     pte_markers: int
+    contpte_reads: int
+    contpte_folds: int
+    contpte_unfolds: int
     pmds_zapped: int
     pmds_split: int
     hugetlb_entries: int

@@ -30,6 +30,8 @@ def kernel(rng: random.Random) -> KernelSemantics:
     """Draw a kernel and its configuration; half of the time one that batches lately."""
     semantics = PRESETS[rng.choice([*PRESETS, *[f"v6.{n}" for n in range(9, 20)]])]
     semantics = semantics.replace(loongarch_wrprotect_modified=rng.random() < 0.5)
+    if semantics.contpte:
+        semantics = semantics.replace(contpte=rng.random() < 0.8, pte_batch_hint=rng.random() < 0.8)
     config = replace(
         semantics.config,
         mem_soft_dirty=rng.random() < 0.7,
@@ -54,6 +56,8 @@ class Maker:
         self.slot = 0
         self.heads: list[tuple[int, int, bool, bool, bool]] = []  # PFN, order, anon, swapbacked, device
         field = self.layout.pfn_mask | self.layout.present_mask | self.layout.present_need | self.layout.special
+        if self.rng.random() < 0.9:  # a mark of contpte on entries that are no block: unfolding writes over others
+            field |= self.layout.cont
         self.spare = [mask for _, mask in self.layout.bits if not mask & field]
         self.mm = Mm(bare, self.folios, mm_id=self.folios.new_mm_id())
 
@@ -61,18 +65,28 @@ class Maker:
         """Fill the address space: areas in groups of eight about the end of a table."""
         rng, layout, ptrs = self.rng, self.layout, self.layout.ptrs_per_pte
         shift = layout.page_shift
-        at, vmas, values = 0, [], []
-        for k in range(nr_areas):
-            if k % 8 == 0:
+        size, at = layout.cont_ptes, 0
+        vmas: list[Vma] = []
+        values: list[list[int]] = []
+        while len(vmas) < nr_areas:
+            if len(vmas) % 8 == 0:
                 at = max(-(-at // ptrs) + 1, 2) * ptrs - rng.randrange(min(ptrs, 120))
             vm_flags = self.vm_flags()
-            entries = self.area(vm_flags, rng.choice(LENGTHS))
-            vm_ops = rng.choice((None, None, "file", "shmem"))
-            vma = Vma(at << shift, (at + len(entries)) << shift, vm_flags, vm_ops=vm_ops)
-            vma.uffd_event_fork = rng.random() < 0.5
-            vmas.append(vma)
-            values.append(entries)
-            at += len(entries) + rng.choice((0, 0, 1, 3))
+            if size and len(vmas) + 2 <= nr_areas and rng.random() < 5 / size:
+                at = -(-at // size) * size
+                entries = self.blocks(vm_flags)
+                cut = rng.choice((0, rng.randrange(len(entries))))
+                parts = [part for part in (entries[:cut], entries[cut:]) if part]
+            else:
+                parts = [self.area(vm_flags, rng.choice(LENGTHS))]
+            for part in parts:
+                vm_ops = rng.choice((None, None, "file", "shmem"))
+                vma = Vma(at << shift, (at + len(part)) << shift, vm_flags, vm_ops=vm_ops)
+                vma.uffd_event_fork = rng.random() < 0.5
+                vmas.append(vma)
+                values.append(part)
+                at += len(part)
+            at += rng.choice((0, 0, 1, 3))
         self.mm.vmas = vmas
         for vma in vmas:
             self.mm.add_tables(vma.start, vma.end)
@@ -102,6 +116,25 @@ class Maker:
             else:
                 entries.append(self.nonpresent())
         return entries[:most]
+
+    def blocks(self, vm_flags: int) -> list[int]:
+        """Entries of one folio of one to four blocks of contpte, from its start on; most of the blocks are folded."""
+        rng, layout, size = self.rng, self.layout, self.layout.cont_ptes
+        order = size.bit_length() - 1 + rng.randrange(3 if size == 16 else 2)
+        head = self.folio(order, rng.random() < 0.7, rng.random() < 0.7)
+        prot = arch.vm_get_page_prot(layout, vm_flags)
+        entries: list[int] = []
+        for block in range(1 << order >> size.bit_length() - 1):
+            writable, folded, hardware = rng.random() < 0.6, rng.random() < 0.7, rng.choice((0.0, 0.0, 0.1, 1.0))
+            for k in range(block * size, (block + 1) * size):
+                v = arch.mk_pte(layout, head + k, prot)
+                v = arch.pte_mkwrite(layout, v) if writable else arch.pte_wrprotect(layout, v)
+                v = arch.pte_mkdirty(layout, v) if rng.random() < hardware else arch.pte_mkclean(layout, v)
+                v = arch.pte_mkyoung(layout, v) if rng.random() < hardware else arch.pte_mkold(layout, v)
+                entries.append(v | layout.cont if folded else v)
+            if rng.random() < 0.1:  # one that differs: in a folded block no kernel leaves that
+                entries[rng.randrange(block * size, len(entries))] ^= rng.choice(self.spare)
+        return entries
 
     def folio(self, order: int, anon: bool, swapbacked: bool, device: bool = False) -> int:
         """Choose a place for a folio, sometimes with room before it, so that folios of a size do not always touch."""

@@ -276,6 +276,19 @@ def test_every_architecture(name, tmp_path):
     assert core == {**run_json("fork", tmp_path / "a.ptes", "--impl", "reference"), "impl": "core"}
 
 
+def test_what_the_hint_saves():
+    found = run_json(
+        *("diff", "--arch", "arm64-4k", "--workload", "size=4MiB,folio=2MiB,readonly=1"),
+        *("--semantics", "v6.18", "--set", "pte_batch_hint=off"),
+    )
+    assert found["entries"] == []
+    assert found["counters"] == {"ptep_get": [2 * 32, 2 * 512], "contpte_reads": [2 * 512, 2 * 512 * 16]}
+    rows = run_json("explain", "--arch", "arm64-4k", "--workload", "size=4MiB,folio=64KiB+16KiB")["eligible"]
+    assert [(row["hardware"], row["share"]) for row in rows] == [
+        *(("arm64 contpte", 0.5), ("riscv Svnapot", 0.5), ("AMD PTE coalescing", 1.0)),
+    ]
+
+
 def test_a_page_is_the_default_folio():
     assert run_json("fork", "--arch", "ppc64-64k", "--workload", "size=1MiB")["stats"]["ptes_present"] == 16
 

@@ -393,8 +393,10 @@ class FolioTable:
         if (np.diff(numbers) != 1).any():
             self._sort_sections()
             numbers = self._section_numbers(sections)
-        self._sub[self._sub_slots(sections)] = (numbers << 1 | 1).astype(np.int32)
-        self._extent = None
+        slots = self._sub_slots(sections)
+        if not (self._sub[slots] & 1).all():
+            self._sub[slots] |= 1
+            self._extent = None
         at = int(numbers[0]) << SECTION_SHIFT
         words, aux = (array[at : at + pages].reshape(nr, nr_pages) for array in (self._words, self._aux))
         flags = 1 << VALID_BIT | 1 << ANON_BIT | 1 << SWAPBACKED_BIT | 1 << AE_BIT | order << ORDER_SHIFT

@@ -4,8 +4,8 @@ What is timed is the pass over the PFNs and the walk of all page tables (`ForkPl
 have been touched, from a parent that is fresh in every round. Bringing it back to before the fork is not timed.
 
 The yardstick is the streaming limit of the same round: ``src &= ~RW; dst = src & ~A`` over as many entries, in the
-fastest of three variants. All cases take turns within a round and each begins as often as any other, so drift of the
-machine falls on all of them. A case's time is the median of its rounds. Before they are timed, the results of every
+fastest of three variants. All cases take turns within a round, each begins as often as any other, and what runs before
+a case changes too, so drift of the machine falls on all of them. A case's time is the median of its rounds. Before they are timed, the results of every
 case are checked once (the core's by `ForkCheck`, a peer's against the core's).
 
 Rows are plain dicts, see `run_bench`.
@@ -147,7 +147,8 @@ def measure(
     try:
         for number in range(-1 if check else 0, rounds):
             first = number % len(cases) if cases else 0
-            for case in [*cases[first:], *cases[:first]]:
+            turn = [*cases[first:], *cases[:first]]
+            for case in [*turn[:1], *turn[:0:-1]] if number % 2 else turn:
                 case.reset()
                 begin = time.perf_counter_ns()
                 result = case.run()

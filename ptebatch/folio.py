@@ -57,6 +57,8 @@ MAX_COUNTER = (1 << COUNTER_BITS) - 1
 MAX_MM_ID = (1 << AUX_ID_BITS) - 1
 NEAR_LIMIT = 1 << (MAPCOUNT_BITS - 2)
 GUP_PIN_COUNTING_BIAS = 1024
+PIECE = 1 << 16
+"""Pages that are looked up at a time, so that what comes of it on the way stays in the cache."""
 
 _MAPCOUNT = np.uint64(MAX_MAPCOUNT)
 _FLAG_BITS = {
@@ -607,10 +609,13 @@ class FolioTable:
 
     def _field(self, pfns: Any, shift: int, mask: int) -> U64:
         array = _pfn_array("pfns", pfns)
-        index = self.lookup(array)
-        if (index < 0).any():
-            raise PfnError(pfn=int(array[np.flatnonzero(index < 0)[0]]))
-        return self._words[index] >> np.uint64(shift) & np.uint64(mask)
+        field = np.empty(len(array), dtype=np.uint64)
+        for at in range(0, len(array), PIECE):
+            index = self.lookup(array[at : at + PIECE])
+            if (index < 0).any():
+                raise PfnError(pfn=int(array[at + np.flatnonzero(index < 0)[0]]))
+            field[at : at + PIECE] = self._words[index] >> np.uint64(shift) & np.uint64(mask)
+        return field
 
     def mapcounts(self, pfns: Any) -> I64:
         """Mapcount of each page, int64."""

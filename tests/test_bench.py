@@ -411,6 +411,7 @@ def test_every_run_is_fresh_results_are_checked_once_and_cases_take_turns():
     assert [what for _, what in log[9:]] == ["reset", "run"] * 9
     firsts = [log[at][0] for at in (9, 15, 21)]
     assert sorted(firsts) == ["a", "b", "c"]
+    assert [name for name, what in log[9:] if what == "run"] == ["a", "b", "c", "b", "a", "c", "c", "a", "b"]
     assert len(rounds) == 4
     assert [len(case.times_ns) for case in cases] == [3, 3, 3]
 

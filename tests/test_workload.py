@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ptebatch import arch, workload
-from ptebatch.errors import ArgumentError
+from ptebatch.errors import ArgumentError, PfnError
 from ptebatch.folio import FolioTable
 from ptebatch.fork import fork
 from ptebatch.mm import MM_ANONPAGES, MM_SWAPENTS, account, copy_state
@@ -156,3 +156,15 @@ def test_folios_filled_in_replace_what_was_there_and_fit_whole_sections():
             folios.fill_mapped(first, nr, order, mm_id=5)
     folios.fill_mapped(0, 0, 0, mm_id=1)
     assert folios == other
+
+
+def test_many_pages_are_looked_up_piece_by_piece(monkeypatch):
+    monkeypatch.setattr("ptebatch.folio.PIECE", 10)
+    mm = workload.make(size="256KiB", folio="16KiB", pfns="sequential")
+    pfns = np.arange(workload.FIRST_PFN, workload.FIRST_PFN + 64)
+    mm.folios.page(int(pfns[37])).mapcount = 5
+    assert mm.folios.mapcounts(pfns).tolist() == [1] * 37 + [5] + [1] * 26
+    assert mm.folios.refcounts(pfns[::-1]).tolist() == [4] * 64
+    assert mm.folios.orders(pfns[:0]).tolist() == []
+    with pytest.raises(PfnError, match=hex(workload.FIRST_PFN + 100)):
+        mm.folios.orders([*pfns.tolist(), workload.FIRST_PFN + 100, workload.FIRST_PFN + 200])

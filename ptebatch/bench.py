@@ -5,8 +5,8 @@ have been touched, from a parent that is fresh in every round. Bringing it back 
 
 The yardstick is the streaming limit of the same round: ``src &= ~RW; dst = src & ~A`` over as many entries, in the
 fastest of three variants. All cases take turns within a round, each begins as often as any other, and what runs before
-a case changes too, so drift of the machine falls on all of them. A case's time is the median of its rounds. Before they are timed, the results of every
-case are checked once (the core's by `ForkCheck`, a peer's against the core's).
+a case changes too, so drift of the machine falls on all of them. A case's time is the median of its rounds. Before they
+are timed, the results of every case are checked once (the core's by `ForkCheck`, a peer's against the core's).
 
 Rows are plain dicts, see `run_bench`.
 """

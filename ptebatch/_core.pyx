@@ -113,15 +113,15 @@ cdef enum:
     E_UNMAPPED = -1009      # more would be unmapped than is counted as mapped
 
 ctypedef struct pte_step:
-    # One change of an entry; ptebatch.arch.Step.
-    uint64_t clear
+    # One change of an entry; ptebatch.arch.Step, with what it leaves in place of what it clears.
+    uint64_t keep
     uint64_t set
-    uint64_t mask        # where v & mask == value before,
+    uint64_t mask       # where v & mask == value before,
     uint64_t value
-    uint64_t then_clear  # this also
+    uint64_t then_keep  # this also
     uint64_t then_set
 
-ctypedef struct pte_layout:
+cdef struct pte_layout:
     uint64_t pfn_shift
     uint64_t pfn_mask
     uint64_t plain          # an entry without any of these bits stores its PFN inverted
@@ -166,6 +166,7 @@ ctypedef struct pte_layout:
     uint64_t swp_exclusive
     uint64_t swp_soft_dirty
     uint64_t swp_uffd_wp
+    const pte_layout *apart  # the same once more, for functions that are not inlined: see read_layout
 
 LAYOUT_FIELDS = ("pfn_shift", "pfn_mask", "plain", "none_value", "none_ignore", "present_mask", "present_need", "valid",
                  "write", "writable", "young", "dirty", "saved_dirty", "dirty_mask", "dirty_value", "soft_dirty",
@@ -303,6 +304,8 @@ ctypedef struct swap_map:
 
 ctypedef struct batch_scan:
     pte_step norm        # what the normaliser does
+    uint64_t child_keep  # what the child's entry keeps and gets, once it is write-protected where it has to be
+    uint64_t child_set
     Py_ssize_t folio_end  # entries from the first one to the end of its folio
     int clamp
     uint64_t any_write
@@ -366,9 +369,16 @@ cdef inline uint64_t pte_advance_pfn(const pte_layout *L, uint64_t v, uint64_t n
 
 
 cdef inline uint64_t changed(const pte_step *step, uint64_t v) noexcept nogil:
-    cdef uint64_t hit = 0 - <uint64_t>((v & step.mask) == step.value)
-    v = (v & ~step.clear) | step.set
-    return (v & ~(step.then_clear & hit)) | (step.then_set & hit)
+    cdef uint64_t out = (v & step.keep) | step.set
+    return (out & step.then_keep) | step.then_set if (v & step.mask) == step.value else out
+
+
+cdef inline uint64_t changed_in_row(const pte_step *step, uint64_t v) noexcept nogil:
+    # The same for loops over entries: without a comparison of 64 bits, which plain SSE2 does not have.
+    cdef uint64_t miss = (v & step.mask) ^ step.value
+    miss = 0 - ((miss | (0 - miss)) >> 63)
+    v = (v & step.keep) | step.set
+    return (v & (step.then_keep | miss)) | (step.then_set & ~miss)
 
 
 cdef inline uint64_t mk_pte(const pte_layout *L, uint64_t pfn, uint64_t prot) noexcept nogil:
@@ -426,7 +436,7 @@ cdef inline Py_ssize_t pte_batch_hint(const pte_layout *L, Py_ssize_t idx, uint6
 
 cdef inline uint64_t as_set(const pte_layout *L, uint64_t v) noexcept nogil:
     # What set_ptes() stores for a value.
-    return v & ~L.set_ptes_clear if pte_present(L, v) else v
+    return v & ~L.set_ptes_clear if L.set_ptes_clear and pte_present(L, v) else v
 
 
 cdef inline uint64_t swp_type(const pte_layout *L, uint64_t v) noexcept nogil:
@@ -452,30 +462,41 @@ cdef inline int swp_kind(uint64_t kinds, uint64_t kinds_high, uint64_t type) noe
     return (kinds_high if type >> 4 else kinds) >> ((type & 15) << 2) & 15
 
 
-cdef inline void also(pte_step *step, const pte_step *more) noexcept nogil:
+cdef void also(pte_step *step, const pte_step *more) noexcept nogil:
     """Let a step that has no condition yet be followed by another: one step that does both."""
-    cdef uint64_t known = step.clear | step.set  # bits whose state the condition of `more` will meet
+    cdef uint64_t known = ~step.keep | step.set  # bits whose state the condition of `more` will meet
     step.mask = 0
     step.value = 1
-    step.then_clear = step.then_set = 0
-    if more.then_clear | more.then_set and not (more.value ^ step.set) & known & more.mask:
+    step.then_keep = ~<uint64_t>0
+    step.then_set = 0
+    if ~more.then_keep | more.then_set and not (more.value ^ step.set) & known & more.mask:
         step.mask = more.mask & ~known
         step.value = more.value & ~known
-        step.then_clear = more.then_clear
+        step.then_keep = more.then_keep
         step.then_set = more.then_set
-    step.clear |= more.clear
-    step.set = (step.set & ~more.clear) | more.set
+    step.keep &= more.keep
+    step.set = (step.set & more.keep) | more.set
 
 
-cdef inline void scan_rules(const pte_layout *L, batch_scan *B, bint respect_dirty, bint respect_soft_dirty,
-                            bint respect_write) noexcept nogil:
+cdef void child_rules(const pte_layout *L, batch_scan *B, bint shared, bint uffd_wp) noexcept nogil:
+    cdef pte_step child = L.mkold
+    if shared:
+        also(&child, &L.mkclean)
+    B.child_keep = child.keep
+    B.child_set = child.set
+    if not uffd_wp:
+        B.child_keep &= ~L.uffd_wp
+
+
+cdef void scan_rules(const pte_layout *L, batch_scan *B, bint respect_dirty, bint respect_soft_dirty,
+                     bint respect_write) noexcept nogil:
     # The comparison form of folio_pte_batch(): pte_mkold; pte_mkclean, pte_clear_soft_dirty and pte_wrprotect as asked.
     # Only the last of them has a condition, on bits that pte_mkold leaves alone.
     B.norm = L.mkold
     if not respect_dirty:
         also(&B.norm, &L.mkclean)
     if not respect_soft_dirty:
-        B.norm.clear |= L.soft_dirty
+        B.norm.keep &= ~L.soft_dirty
     if not respect_write:
         also(&B.norm, &L.wrprotect)
     B.any_write = B.any_young = B.any_dirty = 0
@@ -585,9 +606,11 @@ cdef Py_ssize_t contpte_gather(const uint64_t[:, ::1] table, Py_ssize_t row, Py_
 cdef inline Py_ssize_t ptep_get(const uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, const pte_layout *L,
                                 int64_t *counts, uint64_t *pte) except -1 nogil:
     """Read an entry; one of a folded block with the young and dirty bits of all of them."""
-    pte[0] = table[row, idx]
-    if pte_valid_cont(L, pte[0]):
-        contpte_gather(table, row, idx, L, pte)
+    cdef uint64_t got = table[row, idx]
+    pte[0] = got
+    if pte_valid_cont(L, got):
+        contpte_gather(table, row, idx, L.apart, &got)
+        pte[0] = got
         counts[CONTPTE_READS] += <int64_t>L.cont_ptes
     return 0
 
@@ -669,30 +692,39 @@ cdef inline Py_ssize_t folio_pte_batch(const uint64_t[:, ::1] table, Py_ssize_t 
     cdef uint64_t step = pfn_step(L, pte)
     cdef Py_ssize_t hint = pte_batch_hint(L, idx, pte)
     cdef uint64_t expected = changed(&B.norm, pte) + <uint64_t>(hint - 1) * step
+    cdef pte_step norm = B.norm
     cdef uint64_t seen = 0, cur = 0, hw_dirty = 0
     cdef Py_ssize_t limit = max_nr if max_nr < B.folio_end else B.folio_end
-    cdef Py_ssize_t nr = hint
-    # Where dirty is more than one bit or another, each entry is looked at.
-    cdef bint hw = L.dirty_mask != 0
-    while nr < limit:
-        ptep_get(table, row, idx + nr, L, counts, &cur)
-        B.reads += 1
-        expected += step
-        if changed(&B.norm, cur) != expected:
-            break
-        seen |= cur
-        if hw:
+    cdef Py_ssize_t nr = hint, reads = 0
+    cdef bint fold = ~norm.then_keep | norm.then_set
+    if not L.cont and not L.dirty_mask:
+        while nr < limit:
+            cur = table[row, idx + nr]
+            expected += step
+            if (changed(&norm, cur) if fold else (cur & norm.keep) | norm.set) != expected:
+                break
+            seen |= cur
+            nr += 1
+        reads = nr - 1 + (nr < limit)
+    else:  # the same where entries come in blocks, or are dirty by more than one bit or another
+        while nr < limit:
+            ptep_get(table, row, idx + nr, L, counts, &cur)
+            expected += step
+            reads += 1
+            if changed(&norm, cur) != expected:
+                break
+            seen |= cur
             hw_dirty |= (cur & L.dirty_mask) == L.dirty_value
-        hint = pte_batch_hint(L, idx + nr, cur)
-        expected += <uint64_t>(hint - 1) * step
-        nr += hint
-    else:
+            hint = pte_batch_hint(L, idx + nr, cur)
+            expected += <uint64_t>(hint - 1) * step
+            nr += hint
+    if nr >= limit:
         # Before the clamp the scan learned of the folio's end only by reading the entry behind it.
         if not B.clamp and nr < max_nr:
             ptep_get(table, row, idx + nr, L, counts, &cur)
-            B.reads += 1
-        if nr > limit:
-            nr = limit  # a block may reach beyond what is asked for
+            reads += 1
+        nr = limit  # a block may reach beyond what is asked for
+    B.reads += reads
     if seen & L.writable:
         B.any_write = 1
     B.any_young = (seen & L.young) != 0
@@ -702,14 +734,18 @@ cdef inline Py_ssize_t folio_pte_batch(const uint64_t[:, ::1] table, Py_ssize_t 
 
 cdef inline Py_ssize_t wrprotect_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t idx, Py_ssize_t nr,
                                       const pte_layout *L, int64_t *counts) except -1 nogil:
+    cdef pte_step step = L.ptep_set_wrprotect
     cdef Py_ssize_t k
     if L.cont:
         if nr > 1:
-            contpte_try_unfold(table, row, idx, nr, L, counts)
+            contpte_try_unfold(table, row, idx, nr, L.apart, counts)
         elif table[row, idx] & L.cont:  # valid or not: only present entries come here
-            contpte_unfold(table, row, idx, L, counts)
+            contpte_unfold(table, row, idx, L.apart, counts)
+    if nr == 1:
+        table[row, idx] = changed(&step, table[row, idx])
+        return 0
     for k in range(idx, idx + nr):
-        table[row, k] = changed(&L.ptep_set_wrprotect, table[row, k])
+        table[row, k] = changed_in_row(&step, table[row, k])
     return 0
 
 
@@ -719,7 +755,7 @@ cdef inline Py_ssize_t set_ptes(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize
     cdef Py_ssize_t k
     pte = as_set(L, pte)
     if L.cont:
-        return contpte_set_ptes(table, row, idx, pte, nr, L, M, counts)
+        return contpte_set_ptes(table, row, idx, pte, nr, L.apart, M, counts)
     for k in range(idx, idx + nr):
         table[row, k] = pte
         pte += step
@@ -892,11 +928,7 @@ cdef inline Py_ssize_t copy_present_ptes(uint64_t[:, ::1] dst, Py_ssize_t drow, 
         p = pte_wrprotect(L, p)
         W.stats[S_WRPROTECT_PTES] += 1
         W.stats[S_PTES_WRPROTECTED] += nr
-    if R.shared:
-        p = pte_mkclean(L, p)
-    p = pte_mkold(L, p)
-    if not R.dst_uffd_wp:
-        p &= ~L.uffd_wp
+    p = (p & B.child_keep) | B.child_set
     set_ptes(dst, drow, idx, p, nr, L, M, W.stats + S_CONTPTE)
     W.stats[N_STATS + nr] += 1
     return nr
@@ -1234,7 +1266,7 @@ cdef inline Py_ssize_t clear_full_ptes(uint64_t[:, ::1] table, Py_ssize_t row, P
                                        const pte_layout *L, int64_t *counts) except -1 nogil:
     cdef Py_ssize_t k
     if L.cont:
-        contpte_try_unfold(table, row, idx, nr, L, counts)
+        contpte_try_unfold(table, row, idx, nr, L.apart, counts)
     for k in range(idx, idx + nr):
         table[row, k] = L.none_value
     return 0
@@ -1248,7 +1280,7 @@ cdef inline Py_ssize_t get_and_clear_full_ptes(uint64_t[:, ::1] table, Py_ssize_
     cdef bint dirty = False, young = False
     cdef Py_ssize_t k
     if L.cont:
-        contpte_try_unfold(table, row, idx, nr, L, counts)
+        contpte_try_unfold(table, row, idx, nr, L.apart, counts)
     pte = table[row, idx]
     for k in range(idx + 1, idx + nr):
         cur = table[row, k]
@@ -1515,9 +1547,11 @@ cdef inline void derive_zap_stats(int64_t *stats, Py_ssize_t nr_hist) noexcept n
 # The structs come back by value: one whose address had left the caller would be reloaded after every store of the loop.
 cdef pte_layout read_layout(const uint64_t[::1] values) except *:
     cdef pte_layout L
-    if values.shape[0] * sizeof(uint64_t) != sizeof(L):
-        raise ValueError(f"{values.shape[0]} layout fields given, {sizeof(L) // 8} expected")
-    memcpy(&L, &values[0], sizeof(L))
+    cdef size_t size = sizeof(L) - sizeof(L.apart)
+    if values.shape[0] * sizeof(uint64_t) != size:
+        raise ValueError(f"{values.shape[0]} layout fields given, {size // 8} expected")
+    memcpy(&L, &values[0], size)
+    L.apart = <const pte_layout *>&values[0]  # without this field, which nothing asks for there
     return L
 
 
@@ -1581,7 +1615,7 @@ cdef void lane_entries(lane *F, const pte_layout *L) noexcept nogil:
     cdef const pte_step *w = &L.wrprotect
     if (L.plain != L.valid or L.present_need or L.dirty_mask or L.set_ptes_clear
             or L.pfn_shift != X86_PFN_SHIFT or L.write != ONE << X86_WRITE_BIT
-            or w.clear != L.write or w.set or L.mkold.clear != L.young or L.mkold.set or w.then_set != L.saved_dirty
+            or ~w.keep != L.write or w.set or ~L.mkold.keep != L.young or L.mkold.set or w.then_set != L.saved_dirty
             or L.saved_dirty and (L.saved_dirty != L.dirty << X86_SAVED_DIRTY_SHIFT or w.mask != L.dirty)):
         F.level = LANE_OFF
     F.none_value = L.none_value
@@ -1603,7 +1637,7 @@ cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const ba
     # up write-protected, but elsewhere it would have to tell entry 0 from the others.
     if R.src_shadow_stack or L.writable != L.write and not R.cow or not R.dst_mm_id:
         F.level = LANE_OFF
-    F.clear = B.norm.clear
+    F.clear = ~B.norm.keep
     F.child_clear = L.young
     if R.shared:
         F.child_clear |= L.dirty | L.saved_dirty
@@ -1721,6 +1755,7 @@ def py_copy_present_ptes(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not
     W.rss = &rss[0]
     with nogil:
         scan_rules(&L, &B, R.respect_dirty != 0, R.respect_soft_dirty != 0, False)
+        child_rules(&L, &B, R.shared != 0, R.dst_uffd_wp != 0)
         B.clamp = R.fpb_clamp != 0
         ptep_get(src, 0, idx, &L, counts, &pte)  # for the caller to count
         if pte_none(&L, pte) or not pte_present(&L, pte):
@@ -1801,6 +1836,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     W.end_row = src_row + nr_rows
     with nogil:
         scan_rules(&L, &B, R.respect_dirty != 0, R.respect_soft_dirty != 0, False)
+        child_rules(&L, &B, R.shared != 0, R.dst_uffd_wp != 0)
         B.clamp = R.fpb_clamp != 0
         lane_entries(&F, &L)
         lane_rules(&F, &L, &R, &B, W.stats)

@@ -81,6 +81,8 @@ def _layout_words(layout: PteLayout) -> U64:
     words: list[int] = []
     for name in _core.LAYOUT_FIELDS:
         value = getattr(layout, name)
+        if isinstance(value, arch.Step):  # the core has the complement of what a step clears
+            value = value._replace(clear=value.clear ^ arch.U64_MAX, then_clear=value.then_clear ^ arch.U64_MAX)
         words += value if isinstance(value, arch.Step) else [int(value)]
     return np.array(words, dtype=np.uint64)
 

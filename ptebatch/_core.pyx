@@ -92,7 +92,7 @@ SWAP_CONSTANTS = {"KEY_TYPE_SHIFT": KEY_TYPE_SHIFT_, "SWAP_MAP_MAX": SWAP_MAP_MA
 cdef enum:
     PREFETCH_AHEAD = 64
     LINE_PAGES_SHIFT = 3
-    PREFETCH_WORDS = 1 << 16  # a smaller memmap is in the cache anyway
+    PREFETCH_WORDS = 1 << 12  # a smaller memmap is in the cache anyway
     LANE_RETRY = 8  # entries checked one by one before the lane is asked again
     LANE_PATIENCE = 64  # most entries copied one by one before the lane is asked again
 

@@ -88,6 +88,17 @@ enum {
 #define LANE_HALF_AUX LANE_BIT(AUX_COUNT_BITS_ - 1)
 
 enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_LARGE = 256 }; /* entries; of small and of large folios */
+enum { LANE_AHEAD_STREAM = 128, LANE_LINE = 8 };         /* of the tables themselves; entries in a cache line */
+
+/* n entries (constant where inlined) are about to be worked on: fetch those a while behind them. */
+LANE_INLINE void lane_stream(const uint64_t *entries, size_t n)
+{
+    size_t k = 0;
+    if (n < LANE_LINE && (uintptr_t)entries & (LANE_LINE * sizeof(uint64_t) - 1))
+        return;
+    for (; k < n; k += LANE_LINE)
+        LANE_PREFETCH((const void *)((uintptr_t)(entries + k) + LANE_AHEAD_STREAM * sizeof(uint64_t)));
+}
 
 struct lane {
     /* entries */

@@ -29,12 +29,27 @@ LANE_TARGET LANE_INLINE V LANE(lane_extent)(const struct lane *l, V v, V *bad)
 /* The read-only pass: entries from the front, LANES at a time, that are none or whose page is in the extent. */
 LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t *entries, size_t n)
 {
+    const V none = LANE(set)(l->none_value);
     size_t i = 0;
-    V bad, v;
+    V bad, more, v;
     for (; i + LANES <= n; i += LANES) {
+        /* Mostly nothing is bad: four vectors are asked at once. */
+        for (; i + 4 * LANES <= n; i += 4 * LANES) {
+            lane_stream(entries + i, 4 * LANES);
+            LANE(lane_extent)(l, LANE(load)(entries + i), &bad);
+            LANE(lane_extent)(l, LANE(load)(entries + i + LANES), &more);
+            bad = LANE(or)(bad, more);
+            LANE(lane_extent)(l, LANE(load)(entries + i + 2 * LANES), &more);
+            bad = LANE(or)(bad, more);
+            LANE(lane_extent)(l, LANE(load)(entries + i + 3 * LANES), &more);
+            if (LANE(nonzero)(LANE(or)(bad, more)))
+                break;
+        }
+        if (i + LANES > n)
+            break;
         v = LANE(load)(entries + i);
         LANE(lane_extent)(l, v, &bad);
-        if (LANE(nonzero)(bad) && LANE(fold)(LANE(xor)(v, LANE(set)(l->none_value))))
+        if (LANE(nonzero)(bad) && LANE(fold)(LANE(xor)(v, none)))
             break;
     }
     return i;
@@ -58,6 +73,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
         return 0;
     for (; i + LANES <= n; i += LANES) {
         V v = LANE(load)(src + i), bad, place = LANE(lane_extent)(l, v, &bad);
+        lane_stream(src + i, LANES);
+        lane_stream(dst + i, LANES);
         if (LANE(nonzero)(bad))
             break;
         LANE(store)(at, LANE(shr)(place, X86_PFN_SHIFT));
@@ -120,88 +137,122 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
 }
 
 /* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, each mapped whole by entries that
- * agree with v, the first: in a private mapping, and entry 0 of each writable or (writes 0) none. Everything of a folio
- * stays in registers, and what is counted is known from how many there were. w is a word of the first folio; returns the
- * entries copied. */
+ * form one batch. Everything of a folio stays in registers. Returns the entries copied.
+ *
+ * What a folio's words and entries become is worked out for one folio; those behind it that are the same but for where
+ * they are (all entries like the first, all words and MM-ID slots as they were there) are only compared and stored. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead,
-                                                uint64_t v, uint64_t w, const size_t pages, const int writes)
+                                                const size_t pages, const uint64_t order)
 {
     enum { MOST = 16 / LANES };
-    const uint64_t anon = w >> ANON_BIT_ & 1, counter = (uint64_t)pages << COUNTER_SHIFT_;
-    const uint64_t ids = (LANE_BIT(AUX_ID_BITS_) - 1) << AUX_COUNT_BITS_, pfn_mask = l->pfn_mask, mm = l->mm;
-    const uint64_t flags = lane_wrprotect(l, v) & ~l->clear & ~pfn_mask, extent_pfn = l->extent_pfn;
-    const uint64_t same = LANE_WHOLE_MASK | l->large_mask, room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
-    const V mask = LANE(set)(same), value = LANE(set)(w & LANE_WHOLE_VALUE), exclusive = LANE(set)(anon ? LANE_BIT(AE_BIT_) : 0);
-    const V clear = LANE(set)(l->clear), child_clear = LANE(set)(l->child_clear), writable = LANE(set)(l->writable);
-    const V write = LANE(set)(l->write), fold_dirty = LANE(set)(l->fold_dirty);
-    const int mm_id = l->mm_id, prefetch = l->prefetch, second = l->large_mapcount;
+    const uint64_t counter = (uint64_t)pages << COUNTER_SHIFT_, pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
+    const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1, hard = l->valid | l->special;
+    const V mask = LANE(set)(LANE_WHOLE_MASK | l->large_mask), clear = LANE(set)(l->clear);
+    const int mm_id = l->mm_id, prefetch = l->prefetch, second = l->large_mapcount, cow = l->cow;
     uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at, first[16] = {
         counter + l->page_mapcount, (second ? counter : 0) + l->page_mapcount,
         l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount,
         l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount,
         l->page_mapcount, l->page_mapcount};
-    V add[MOST], ramp[MOST];
-    uint64_t nr_exclusive = 0, behind = 0;
-    size_t i = 0, k;
-    for (k = 0; k < pages / LANES; k++) {
-        add[k] = LANE(load)(first + k * LANES);
+    V ramp[MOST];
+    size_t i = 0, k, nr;
+    for (k = 0; k < pages / LANES; k++)
         ramp[k] = LANE(ramp)(k * LANES << X86_PFN_SHIFT, LANE_BIT(X86_PFN_SHIFT));
-    }
-    for (; i + pages <= n; i += pages) {
-        V cur[MOST], wp[MOST], words_of[MOST], differ = LANE(set)(0), seen = LANE(set)(0), base;
-        uint64_t head = src[i], at = ((head & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn, a = 0, b = 0;
-        if (at >= room || (head >> X86_PFN_SHIFT & (pages - 1)) || (writes && !(head & l->write)))
+    while (i + pages <= n) {
+        V before[MOST], after[MOST], wp[MOST], differ = LANE(set)(0), seen = LANE(set)(0), other = LANE(set)(0), value, normal;
+        uint64_t head = src[i], at = ((head & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn, w, exclusive, child, a = 0, b = 0;
+        uint64_t a_after = 0, b_after = 0, flags, to_wp, nr_exclusive = 0;
+        size_t from = i;
+        int any;
+        if (at >= room || head >> X86_PFN_SHIFT & (pages - 1) || (head & hard) != l->valid)
             break;
-        if (prefetch && i + LANE_AHEAD_LARGE + 16 <= ahead) {
-            uint64_t next = (((src[i + LANE_AHEAD_LARGE] & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn) * sizeof(uint64_t);
-            LANE_PREFETCH((const void *)((uintptr_t)words + next));
-            if (pages == 16)
-                LANE_PREFETCH((const void *)((uintptr_t)words + next + 64));
-            if (mm_id)
-                LANE_PREFETCH((const void *)((uintptr_t)aux + next));
-        }
-        base = LANE(set)(flags | (head & pfn_mask));
+        w = words[at];
+        exclusive = (w >> ANON_BIT_ & 1) << AE_BIT_;
+        value = LANE(set)((w & LANE_KIND) | order << ORDER_SHIFT_ | LANE_BIT(VALID_BIT_));
+        normal = LANE(set)(lane_wrprotect(l, head) & ~l->clear);
         for (k = 0; k < pages / LANES; k++) {
-            V dirty;
-            cur[k] = LANE(load)(src + i + k * LANES);
-            wp[k] = LANE(andnot)(write, cur[k]);
-            dirty = LANE(and)(wp[k], fold_dirty);
-            wp[k] = LANE(or)(LANE(xor)(wp[k], dirty), LANE(shl)(dirty, X86_SAVED_DIRTY_SHIFT));
-            differ = LANE(or)(differ, LANE(xor)(LANE(andnot)(clear, wp[k]), LANE(add)(base, ramp[k])));
-            words_of[k] = LANE(load)(words + at + k * LANES);
-            differ = LANE(or)(differ, LANE(and)(LANE(xor)(words_of[k], value), mask));
-            if (!writes)
-                seen = LANE(or)(seen, cur[k]);
+            V cur = LANE(load)(src + i + k * LANES);
+            wp[k] = LANE(lane_wp)(l, cur);
+            differ = LANE(or)(differ, LANE(xor)(LANE(andnot)(clear, wp[k]), LANE(add)(normal, ramp[k])));
+            other = LANE(or)(other, LANE(xor)(cur, LANE(add)(LANE(set)(head), ramp[k])));
+            seen = LANE(or)(seen, cur);
+            before[k] = LANE(load)(words + at + k * LANES);
+            differ = LANE(or)(differ, LANE(and)(LANE(xor)(before[k], value), mask));
         }
-        if (!writes)
-            differ = LANE(or)(differ, LANE(and)(seen, writable));
-        if (LANE(nonzero)(differ))
+        any = LANE(nonzero)(LANE(and)(seen, LANE(set)(l->writable)));
+        if (LANE(nonzero)(differ) || (!cow && head & l->write && head & l->saved_dirty))
             break;
         if (mm_id) {
             a = aux[at];
             b = aux[at + 1];
-            if (!(a & ids) || (a & ids) == mm || b & ids || (a | b) & LANE_HALF_AUX)
+            if ((a | b) & LANE_HALF_AUX)
                 break;
-            aux[at] = a | LANE_BIT(AUX_SHARED_BIT_);
-            aux[at + 1] = b | mm | pages;
         }
-        base = LANE(set)(writes ? lane_wrprotect(l, head) : head);
+        child = lane_child(l, head, any);
         for (k = 0; k < pages / LANES; k++) {
-            if (writes)
+            if (any && cow)
                 LANE(store)(src + i + k * LANES, wp[k]);
-            LANE(store)(dst + i + k * LANES, LANE(andnot)(child_clear, LANE(add)(base, ramp[k])));
-            nr_exclusive += (uint64_t)LANE(count)(LANE(and)(words_of[k], exclusive), AE_BIT_);
-            LANE(store)(words + at + k * LANES, LANE(add)(LANE(andnot)(exclusive, words_of[k]), add[k]));
+            LANE(store)(dst + i + k * LANES, LANE(add)(LANE(set)(child), ramp[k]));
+            nr_exclusive += (uint64_t)LANE(count)(LANE(and)(before[k], LANE(set)(exclusive)), AE_BIT_);
+            after[k] = LANE(add)(LANE(andnot)(LANE(set)(exclusive), before[k]), LANE(load)(first + k * LANES));
+            LANE(store)(words + at + k * LANES, after[k]);
         }
+        if (mm_id) {
+            lane_mm_mapping(l, l->extent_at + at, pages, words[at + 1] >> COUNTER_SHIFT_ & (LANE_BIT(COUNTER_BITS_) - 1));
+            a_after = aux[at];
+            b_after = aux[at + 1];
+        }
+        i += pages;
+        flags = head & ~pfn_mask;
+        to_wp = any && cow ? lane_wrprotect(l, head) - head : 0;
+        child -= head;
+        for (; !LANE(nonzero)(other) && i + pages <= n; i += pages) {
+            V entries[MOST];
+            head = src[i];
+            at = ((head & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn;
+            if (at >= room || head >> X86_PFN_SHIFT & (pages - 1) || (head & ~pfn_mask) != flags)
+                break;
+            if (mm_id && ((aux[at] ^ a) | (aux[at + 1] ^ b)))
+                break;
+            if (prefetch && i + LANE_AHEAD_LARGE + 16 <= ahead) {
+                uint64_t next = (((src[i + LANE_AHEAD_LARGE] & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn) * sizeof(uint64_t);
+                LANE_PREFETCH((const void *)((uintptr_t)words + next));
+                if (pages == 16)
+                    LANE_PREFETCH((const void *)((uintptr_t)words + next + 64));
+                if (mm_id)
+                    LANE_PREFETCH((const void *)((uintptr_t)aux + next));
+            }
+            lane_stream(src + i, pages);
+            lane_stream(dst + i, pages);
+            differ = LANE(set)(0);
+            for (k = 0; k < pages / LANES; k++) {
+                entries[k] = LANE(add)(LANE(set)(head), ramp[k]);
+                differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k * LANES), entries[k]));
+                differ = LANE(or)(differ, LANE(xor)(LANE(load)(words + at + k * LANES), before[k]));
+            }
+            if (LANE(nonzero)(differ))
+                break;
+            for (k = 0; k < pages / LANES; k++) {
+                if (any && cow)
+                    LANE(store)(src + i + k * LANES, LANE(add)(entries[k], LANE(set)(to_wp)));
+                LANE(store)(dst + i + k * LANES, LANE(add)(entries[k], LANE(set)(child)));
+                LANE(store)(words + at + k * LANES, after[k]);
+            }
+            if (mm_id) {
+                aux[at] = a_after;
+                aux[at + 1] = b_after;
+            }
+        }
+        nr = (i - from) / pages;
+        l->exclusive += (int64_t)(nr * nr_exclusive);
+        l->rss[lane_rss(w)] += (int64_t)(i - from);
+        l->wrprotects += any && cow ? (int64_t)nr : 0;
+        l->wrprotected += any && cow ? (int64_t)(i - from) : 0;
     }
-    k = i / pages;
-    behind = l->clamp ? 0 : k - (k && i == n);
-    l->exclusive += (int64_t)nr_exclusive;
-    l->rss[lane_rss(w)] += (int64_t)i;
-    l->hist[pages] += (int64_t)k;
-    l->reads += (int64_t)(i - k + behind);
-    l->wrprotects += writes ? (int64_t)k : 0;
-    l->wrprotected += writes ? (int64_t)i : 0;
+    nr = i / pages;
+    l->hist[pages] += (int64_t)nr;
+    /* Reads of the scan: the other entries, and without the clamp the one behind the folio. */
+    l->reads += (int64_t)(i - nr + (l->clamp ? 0 : nr - (nr && i == n)));
     return i;
 }
 
@@ -278,6 +329,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
             uint64_t at = ((src[k + LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn + extent;
             LANE_PREFETCH((const void *)((uintptr_t)l->words + at * sizeof(uint64_t)));
         }
+        lane_stream(src + k, LANES);
+        lane_stream(dst + k, LANES);
         LANE(store)(src + k, wp);
         LANE(store)(dst + k, child);
         w = LANE(load)(words + k);
@@ -310,24 +363,15 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
 
 /* lane_whole for the order at hand. Short folios take the vectors they fill. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead,
-                                                 uint64_t v, uint64_t w, size_t pages)
+                                                 size_t pages)
 {
-    if (v & l->write) {
-        if (pages == 16)
-            return LANE(lane_whole)(l, src, dst, n, ahead, v, w, 16, 1);
-        if (pages == 8)
-            return LANE(lane_whole)(l, src, dst, n, ahead, v, w, 8, 1);
-        if (pages == 4)
-            return LANE4(lane_whole)(l, src, dst, n, ahead, v, w, 4, 1);
-        return lane_whole_scalar(l, src, dst, n, ahead, v, w, 2, 1);
-    }
     if (pages == 16)
-        return LANE(lane_whole)(l, src, dst, n, ahead, v, w, 16, 0);
+        return LANE(lane_whole)(l, src, dst, n, ahead, 16, 4);
     if (pages == 8)
-        return LANE(lane_whole)(l, src, dst, n, ahead, v, w, 8, 0);
+        return LANE(lane_whole)(l, src, dst, n, ahead, 8, 3);
     if (pages == 4)
-        return LANE4(lane_whole)(l, src, dst, n, ahead, v, w, 4, 0);
-    return lane_whole_scalar(l, src, dst, n, ahead, v, w, 2, 0);
+        return LANE4(lane_whole)(l, src, dst, n, ahead, 4, 2);
+    return lane_whole_scalar(l, src, dst, n, ahead, 2, 1);
 }
 
 /* A batch of a large folio at the front of max_nr entries; page is the index of the word w of its first entry, v.
@@ -343,8 +387,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
     uint64_t *words = l->words + page;
     size_t nr = 0;
     int any = 1;
-    if (limit == nr_pages && nr_pages <= 16 && l->cow && l->large_ok && v & l->valid) {
-        nr = LANE(lane_wholes)(l, src, dst, max_nr, ahead, v, w, nr_pages);
+    if (limit == nr_pages && nr_pages <= 16 && l->large_ok) {
+        nr = LANE(lane_wholes)(l, src, dst, max_nr, ahead, nr_pages);
         if (nr)
             return nr;
     }

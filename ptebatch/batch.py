@@ -7,6 +7,7 @@ the kernel sources of each.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from errno import ENOMEM
 from functools import lru_cache
@@ -69,6 +70,9 @@ def _level(name: str) -> int:
 
 simd_level = _level(os.environ.get("PTEBATCH_SIMD", "auto"))
 """The level the core's fast lane works at, a value of ``_core.SIMD_LEVELS``; from PTEBATCH_SIMD, and set by tests."""
+
+core_ns = 0
+"""Time spent in the core by `check_range` and `copy_page_range` so far; what a benchmark of fork counts."""
 
 NO_PFN = (1 << 64) - 1
 _NO_FOLIOS = FolioTable()
@@ -325,11 +329,14 @@ def _copy(
     state = np.array([0, 0, 0, before, has_rows], dtype=np.int64)
     pool = np.empty(0, dtype=np.uint64)
     swap = ctx.folios.swap
+    global core_ns
     while True:
+        begin = time.perf_counter_ns()
         ret, pfn, near_limit = _core.py_copy_page_range(
             dst, src, vpns, dst_row, src_row, nr_rows, start, end, layout, rules, *_memmap(ctx.folios), swap._slots,
             swap._counts, pool, rss, stats, state, fast,
         )  # fmt: skip
+        core_ns += time.perf_counter_ns() - begin
         ctx.folios._walked(pool[: state[2]], near_limit)
         if ret == _core.RESULTS["E_SWAP_SLOT"]:
             ahead = src[src_row + int(state[0]) : src_row + nr_rows].reshape(-1)
@@ -394,12 +401,15 @@ def check_range(
     layout, memmap, fast = _layout_words(mm.layout), _memmap(mm.folios), _fast(mm.folios)
     swap_rules = _swap_rules(semantics)
     shift = mm.layout.page_shift
+    global core_ns
     for vma in vmas:
         first, last = mm.rows(vma.start, vma.end)
+        begin = time.perf_counter_ns()
         ret, vpn, pfn = _core.py_check_range(
             mm.entries, mm.vpns, first, last - first, vma.start >> shift, vma.end >> shift, layout, *memmap,
             pfn_without_page == "as_kernel", swap_rules["swp_kinds"], swap_rules["swp_kinds_high"], fast,
         )  # fmt: skip
+        core_ns += time.perf_counter_ns() - begin
         if ret:
             _raise(ret, mm.layout, mm.pte(vpn << shift), vpn << shift, pfn)
 

@@ -46,7 +46,8 @@ cdef extern from "_lane.h" nogil:
     struct lane:
         uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable, fold_dirty, saved_dirty
         uint64_t clear, child_clear
-        int level, cow, clamp, prefetch
+        int level, cow, clamp, prefetch, batching
+        size_t ptrs
         uint64_t *words
         uint64_t *aux
         size_t nr_words
@@ -63,7 +64,7 @@ cdef extern from "_lane.h" nogil:
         int64_t rss[4]
         uint64_t mapcounts
     bint lane_supported(int level)
-    size_t lane_run(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead)
+    size_t lane_run(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, size_t ahead)
     size_t lane_check(const lane *l, const uint64_t *entries, size_t n)
 
 
@@ -320,7 +321,7 @@ ctypedef struct walk:
     int64_t *rss
     int64_t allocations  # that may still be made before one fails
     lane *fast           # its level is LANE_OFF where it has nothing to do
-    Py_ssize_t end_row   # of src, for prefetching
+    Py_ssize_t end       # of what is copied, in slots of src from its first row on
     bint large           # the last page met is of a large folio whose MM-ID slots are kept
     uint64_t mapcounts   # OR of the mapcounts met in large folios
 
@@ -1094,13 +1095,16 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
                                       Py_ssize_t *at, Py_ssize_t end, const pte_layout *L, const copy_rules *R,
                                       const memmap *M, swap_map *S, batch_scan *B, const uint64_t[::1] pool,
                                       Py_ssize_t *used, walk *W) except -1 nogil:
-    """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it."""
-    cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until, readable, ran, retry = at[0], patience = 1
+    """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it; it may come to lie in a later
+    table, counted from the start of this one."""
+    cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until, room, ran, retry = at[0], patience = 1
     cdef uint64_t pte
     while idx < end:
         if W.fast.level and idx >= retry:
-            readable = (W.end_row - srow) * src.shape[1] - idx
-            ran = lane_run(W.fast, &src[srow, idx], &dst[drow, idx], end - idx, readable)
+            room = W.end - srow * src.shape[1] - idx
+            # Further tables only where none of them can lack memory.
+            ran = lane_run(W.fast, &src[srow, idx], &dst[drow, idx], room if W.allocations > room else end - idx, end - idx,
+                           room)
             idx += ran
             if idx >= end:
                 break
@@ -1178,9 +1182,11 @@ cdef inline int64_t main_loop_reads(const int64_t *stats, Py_ssize_t nr_hist) no
 
 
 cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t *at, Py_ssize_t end,
-                                   const pte_layout *L, const memmap *M, const lane *F, bint as_kernel,
-                                   uint64_t kinds, uint64_t kinds_high, uint64_t *fail_pfn) except -1 nogil:
-    """Read-only: every entry of one table that maps a page has it, and no swap type is unknown."""
+                                   Py_ssize_t room, const pte_layout *L, const memmap *M, const lane *F,
+                                   bint as_kernel, uint64_t kinds, uint64_t kinds_high,
+                                   uint64_t *fail_pfn) except -1 nogil:
+    """Read-only: every entry of one table that maps a page has it, and no swap type is unknown. As in copy_pte_range(),
+    at[0] may come to lie in a later table, at most `room` slots from the start of this one."""
     cdef Py_ssize_t idx = at[0] - 1, page, retry = at[0]
     cdef uint64_t pte, pfn, type
     cdef int32_t entry
@@ -1188,9 +1194,10 @@ cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row,
     while True:
         idx += 1
         if F.level and retry <= idx < end:
-            idx += lane_check(F, &table[row, idx], end - idx)
+            idx += lane_check(F, &table[row, idx], room - idx)
             retry = idx + LANE_RETRY
         if idx >= end:
+            at[0] = idx
             return 0
         pte = table[row, idx]
         if pte_none(L, pte):
@@ -1657,7 +1664,8 @@ cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const ba
     F.mm_id = R.large_mapcount and R.mm_id
     F.mm = R.dst_mm_id << AUX_COUNT_BITS_
     F.page_mapcount = R.page_mapcount
-    F.large_ok = R.batching and not (R.near_limit and R.page_mapcount)
+    F.large_ok = not (R.near_limit and R.page_mapcount)
+    F.batching = R.batching != 0
     F.hist = stats + N_STATS
 
 
@@ -1814,7 +1822,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     cdef walk W
     cdef lane F
     cdef Py_ssize_t ret = 0, row = state[0], at = state[1], used = state[2], stop, nr_hist = src.shape[1] + 1
-    cdef Py_ssize_t ptrs = src.shape[1], has_rows = state[4]
+    cdef Py_ssize_t ptrs = src.shape[1], has_rows = state[4], touched
     cdef int64_t before
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef swap_map S = view_swap(slots, counts)
@@ -1833,7 +1841,10 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     W.stats = &stats[0]
     W.rss = &rss[0]
     W.fast = &F
-    W.end_row = src_row + nr_rows
+    F.ptrs = ptrs
+    W.end = 0
+    if nr_rows:
+        W.end = (src_row + nr_rows - 1) * ptrs + min(ptrs, end - vpns[src_row + nr_rows - 1])
     with nogil:
         scan_rules(&L, &B, R.respect_dirty != 0, R.respect_soft_dirty != 0, False)
         child_rules(&L, &B, R.shared != 0, R.dst_uffd_wp != 0)
@@ -1856,8 +1867,17 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
             ret = copy_pte_range(dst, dst_row + row, src, src_row + row, &at, stop, &L, &R, &M, &S, &B, pool, &used, &W)
             if ret:
                 break
-            at = 0
-            row += 1
+            if at <= stop:
+                at = 0
+                row += 1
+                continue
+            # The lane went on to later tables, which the child has from then on.
+            touched = row + (at + ptrs - 1) // ptrs
+            if touched > has_rows:
+                W.allocations -= touched - has_rows
+                has_rows = touched
+            row += at // ptrs
+            at %= ptrs
         lane_done(&F, &W)
         W.stats[S_PTEP_GET] += main_loop_reads(W.stats, nr_hist) - before
         derive_stats(W.stats, nr_hist)
@@ -1876,7 +1896,7 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
                    const uint64_t[::1] fast not None):
     """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy."""
     cdef pte_layout L = read_layout(layout)
-    cdef Py_ssize_t ret = 0, row, at = 0, stop, slots = table.shape[1]
+    cdef Py_ssize_t ret = 0, row, last, at = 0, stop, room, slots = table.shape[1]
     cdef uint64_t fail_pfn = NO_PFN
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef int64_t where = 0
@@ -1886,13 +1906,19 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
         raise ValueError("rows out of range")
     with nogil:
         lane_entries(&F, &L)
-        for row in range(first_row, first_row + nr_rows):
-            at = start - vpns[row] if start > vpns[row] else 0
-            stop = end - vpns[row] if end - vpns[row] < slots else slots
-            ret = check_table(table, row, &at, stop, &L, &M, &F, as_kernel, kinds, kinds_high, &fail_pfn)
+        row = first_row
+        last = first_row + nr_rows - 1
+        while row <= last:
+            if vpns[row] + at < start:
+                at = start - vpns[row]
+            stop = min(end - vpns[row], slots)
+            room = (last - row) * slots + min(end - vpns[last], slots)
+            ret = check_table(table, row, &at, stop, room, &L, &M, &F, as_kernel, kinds, kinds_high, &fail_pfn)
             if ret:
                 where = vpns[row] + at
                 break
+            row += at // slots if at > stop else 1
+            at = at % slots if at > stop else 0
     return ret, where, fail_pfn
 
 

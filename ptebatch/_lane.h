@@ -17,8 +17,10 @@
  *   folios of 2, 4, 8, 16 pages  lane_whole: each mapped whole by entries alike. One pass; a folio stays in registers
  *   any other batch              lane_fused where entry 0 is writable, which settles that the parent's entries change:
  *                                one pass; else lane_scan, then lane_rewrite, over entries that are in the cache by then
- * The first two go on for as long as the same case holds: what makes them fast is that no entry waits for what the one
- * before it was found to be. Entries ahead, in later tables too, have the words of their pages prefetched.
+ *   without batching             lane_each, whatever the entries are like: their folio's counts are changed once, though
+ * The first two go on for as long as the same case holds, over table ends too: what makes them fast is that no entry waits
+ * for what the one before it was found to be. Where everything of a folio, or of a stretch of a larger one, is like what
+ * came before, it is only compared and stored. Prefetched are the tables, and the words of the pages of entries ahead.
  *
  * _lane_simd.h holds these functions once; it is included below for each level with that level's vector operations. Loops
  * that are not about many entries at once are plain C further down. Each entry is read once per pass, and a page's index
@@ -86,6 +88,8 @@ enum {
 #define LANE_HALF_MAPCOUNT LANE_BIT(MAPCOUNT_BITS_ - 1) /* set in a count: too close to its limit for the lane */
 #define LANE_HALF_COUNTER LANE_BIT(COUNTER_SHIFT_ + COUNTER_BITS_ - 1)
 #define LANE_HALF_AUX LANE_BIT(AUX_COUNT_BITS_ - 1)
+/* Where the index may be out of range: an address, not an element. */
+#define LANE_PREFETCH_AT(array, index) LANE_PREFETCH((const void *)((uintptr_t)(array) + (index) * sizeof(uint64_t)))
 
 enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_LARGE = 256 }; /* entries; of small and of large folios */
 enum { LANE_AHEAD_STREAM = 128, LANE_LINE = 8 };         /* of the tables themselves; entries in a cache line */
@@ -105,7 +109,8 @@ struct lane {
     uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable, fold_dirty, saved_dirty;
     uint64_t clear;       /* what the normaliser of folio_pte_batch() removes, besides folding Dirty into SavedDirty */
     uint64_t child_clear; /* and what a child's entry loses */
-    int level, cow, clamp, prefetch;
+    int level, cow, clamp, prefetch, batching;
+    size_t ptrs; /* entries of a table */
     /* the memmap */
     uint64_t *words, *aux;
     size_t nr_words;
@@ -216,8 +221,8 @@ LANE_INLINE void lane_mm_mapping(const struct lane *l, size_t head, uint64_t nr,
     }
 }
 
-/* What a batch changes besides its entries and the mapcounts of its pages. */
-LANE_INLINE void lane_account(struct lane *l, size_t head, uint64_t w, size_t nr, size_t limit, size_t max_nr, int any)
+/* What nr more mappings of a large folio change besides entries and the words of their pages. */
+LANE_INLINE void lane_account(struct lane *l, size_t head, uint64_t w, size_t nr)
 {
     uint64_t *words = l->words;
     words[head] += (uint64_t)nr << COUNTER_SHIFT_;
@@ -228,13 +233,14 @@ LANE_INLINE void lane_account(struct lane *l, size_t head, uint64_t w, size_t nr
             lane_mm_mapping(l, head, nr, second >> COUNTER_SHIFT_ & (LANE_BIT(COUNTER_BITS_) - 1));
     }
     l->rss[lane_rss(w)] += (int64_t)nr;
-    l->hist[nr]++;
-    /* Reads of the scan: entries 1..nr-1, the one that ended it, and without the clamp the one behind the folio. */
-    l->reads += (int64_t)nr - 1 + (nr < limit || (!l->clamp && limit < max_nr));
-    if (any && l->cow) {
-        l->wrprotects++;
-        l->wrprotected += (int64_t)nr;
-    }
+}
+
+/* Of the i slots that lie in front of n: behind how many a table, or what is copied of it, ends. */
+LANE_INLINE size_t lane_ends(const struct lane *l, size_t i, size_t n, size_t left)
+{
+    if (!i || i < left)
+        return 0;
+    return 1 + (i - left) / l->ptrs + (i == n && (i - left) % l->ptrs);
 }
 
 /* What all words of a folio must share with the first for lane_whole, and what none may have. */
@@ -364,16 +370,16 @@ static inline int lane_supported(int level)
     return 0;
 }
 
-/* Copy from the front of n slots of one table at l->level; returns how many. ahead >= n entries may be read from src. */
-static inline size_t lane_run(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead)
+/* Copy from the front of n slots at l->level; returns how many. See lane_run in _lane_simd.h. */
+static inline size_t lane_run(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, size_t ahead)
 {
 #if LANE_X86
     if (l->level == LANE_AVX512)
-        return lane_run_avx512(l, src, dst, n, ahead);
+        return lane_run_avx512(l, src, dst, n, left, ahead);
     if (l->level == LANE_AVX2)
-        return lane_run_avx2(l, src, dst, n, ahead);
+        return lane_run_avx2(l, src, dst, n, left, ahead);
 #endif
-    return l->level ? lane_run_scalar(l, src, dst, n, ahead) : 0;
+    return l->level ? lane_run_scalar(l, src, dst, n, left, ahead) : 0;
 }
 
 /* The read-only pass over n entries: how many from the front are none or map a page of the extent. */

@@ -15,6 +15,23 @@ LANE_TARGET LANE_INLINE V LANE(lane_wp)(const struct lane *l, V v)
     return LANE(or)(LANE(xor)(v, dirty), LANE(shl)(dirty, X86_SAVED_DIRTY_SHIFT));
 }
 
+/* Write-protect those of LANES entries of a private mapping that are writable, each by itself; returns all of them. */
+LANE_TARGET LANE_INLINE V LANE(lane_protect)(struct lane *l, uint64_t *src, V v)
+{
+    const int writable = LANE(count)(v, X86_WRITE_BIT);
+    if (LANE_LIKELY(writable == LANES)) {
+        v = LANE(lane_wp)(l, v);
+        LANE(store)(src, v);
+    } else if (writable) {
+        V m = LANE(mask)(v, X86_WRITE_BIT);
+        v = LANE(or)(LANE(and)(m, LANE(lane_wp)(l, v)), LANE(andnot)(m, v));
+        LANE(store)(src, v);
+    }
+    l->wrprotects += writable;
+    l->wrprotected += writable;
+    return v;
+}
+
 /* Byte offsets, times 512, of the extent's words for LANES entries, that is (PFN - extent_pfn) << X86_PFN_SHIFT; *bad is
  * nonzero if an entry is not present, is special, or maps a page elsewhere. Subtracting what such an entry has in common
  * with the first page of the extent leaves bits below the PFN, or a number out of range, in any other. */
@@ -66,7 +83,6 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
     const V child_clear = LANE(set)(l->child_clear);
     const int cow = l->cow, prefetch = l->prefetch;
     uint64_t at[LANES];
-    int64_t wrprotected = 0;
     size_t i = 0;
     int k = 0;
     if (l->writable != l->write || !l->extent_len)
@@ -81,7 +97,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
         if (prefetch && i + LANE_AHEAD_SMALL + LANES <= ahead)
             for (k = 0; k < LANES; k++) {
                 uint64_t next = ((src[i + LANE_AHEAD_SMALL + (size_t)k] & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn;
-                LANE_PREFETCH((const void *)((uintptr_t)words + next * sizeof(uint64_t)));
+                LANE_PREFETCH_AT(words, next);
             }
         for (k = 0; k < LANES; k++) {
             w = words[at[k]];
@@ -91,18 +107,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
         }
         if (k < LANES)
             break;
-        if (cow) {
-            int writable = LANE(count)(v, X86_WRITE_BIT);
-            if (LANE_LIKELY(writable == LANES)) {
-                v = LANE(lane_wp)(l, v);
-                LANE(store)(src + i, v);
-            } else if (writable) {
-                V m = LANE(mask)(v, X86_WRITE_BIT);
-                v = LANE(or)(LANE(and)(m, LANE(lane_wp)(l, v)), LANE(andnot)(m, v));
-                LANE(store)(src + i, v);
-            }
-            wrprotected += writable;
-        }
+        if (cow)
+            v = LANE(lane_protect)(l, src + i, v);
         LANE(store)(dst + i, LANE(andnot)(child_clear, v));
         k = 0;
     }
@@ -111,18 +117,13 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
     /* The last group stopped at page k of another kind: the entries before it, whose pages are done. */
     for (; k > 0 && i < n; k--, i++) {
         uint64_t v = src[i];
-        if (cow && v & l->write) {
-            v = lane_wrprotect(l, v);
-            src[i] = v;
-            wrprotected++;
-        }
+        if (cow)
+            v = lane_protect_scalar(l, src + i, v);
         dst[i] = v & ~l->child_clear;
     }
     l->hist[1] += (int64_t)i;
     l->rss[lane_rss(kind)] += (int64_t)i;
     l->exclusive += kind & ae ? (int64_t)i : 0;
-    l->wrprotects += wrprotected;
-    l->wrprotected += wrprotected;
     return i;
 }
 
@@ -137,12 +138,13 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
 }
 
 /* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, each mapped whole by entries that
- * form one batch. Everything of a folio stays in registers. Returns the entries copied.
+ * form one batch. Everything of a folio stays in registers. Returns the entries copied. The first table ends after `left`
+ * entries, and every further one after l->ptrs more; no folio crosses an end.
  *
  * What a folio's words and entries become is worked out for one folio; those behind it that are the same but for where
  * they are (all entries like the first, all words and MM-ID slots as they were there) are only compared and stored. */
-LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead,
-                                                const size_t pages, const uint64_t order)
+LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
+                                                size_t ahead, const size_t pages, const uint64_t order)
 {
     enum { MOST = 16 / LANES };
     const uint64_t counter = (uint64_t)pages << COUNTER_SHIFT_, pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
@@ -215,12 +217,12 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             if (mm_id && ((aux[at] ^ a) | (aux[at + 1] ^ b)))
                 break;
             if (prefetch && i + LANE_AHEAD_LARGE + 16 <= ahead) {
-                uint64_t next = (((src[i + LANE_AHEAD_LARGE] & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn) * sizeof(uint64_t);
-                LANE_PREFETCH((const void *)((uintptr_t)words + next));
+                uint64_t next = ((src[i + LANE_AHEAD_LARGE] & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn;
+                LANE_PREFETCH_AT(words, next);
                 if (pages == 16)
-                    LANE_PREFETCH((const void *)((uintptr_t)words + next + 64));
+                    LANE_PREFETCH_AT(words, next + LANE_LINE);
                 if (mm_id)
-                    LANE_PREFETCH((const void *)((uintptr_t)aux + next));
+                    LANE_PREFETCH_AT(aux, next);
             }
             lane_stream(src + i, pages);
             lane_stream(dst + i, pages);
@@ -251,8 +253,10 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
     }
     nr = i / pages;
     l->hist[pages] += (int64_t)nr;
-    /* Reads of the scan: the other entries, and without the clamp the one behind the folio. */
-    l->reads += (int64_t)(i - nr + (l->clamp ? 0 : nr - (nr && i == n)));
+    /* Reads of the scan: the other entries, and without the clamp the one behind the folio unless the table ends there. */
+    l->reads += (int64_t)(i - nr);
+    if (!l->clamp)
+        l->reads += (int64_t)(nr - lane_ends(l, i, n, left));
     return i;
 }
 
@@ -304,46 +308,59 @@ LANE_TARGET LANE_INLINE void LANE(lane_rewrite)(struct lane *l, uint64_t *src, u
 LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
                                                 size_t ahead, uint64_t v, uint64_t step, uint64_t clear)
 {
-    uint64_t normal = lane_wrprotect(l, v) & ~l->clear, first = lane_child(l, v, 1), counts[LANES], extent = l->extent_at;
+    enum { MANY = 4 };
     /* Mostly all entries are like the first, and all words like the last page's. */
-    uint64_t like = words[n - 1], protect = lane_wrprotect(l, v) - v;
-    V child = LANE(ramp)(first, step), next = LANE(set)(step * LANES), exclusive = LANE(set)(0), seen = LANE(set)(like);
-    V same = LANE(ramp)(v, step);
-    const V change = LANE(set)(protect), to_normal = LANE(set)(normal - v), ignored = LANE(set)(l->clear);
-    const V one = LANE(set)(l->page_mapcount), ae = LANE(set)(clear), usual = LANE(set)(like);
-    const V usually = LANE(set)((like & ~clear) + l->page_mapcount);
+    const uint64_t normal = lane_wrprotect(l, v) & ~l->clear, first = lane_child(l, v, 1), like = words[n - 1];
+    const V next = LANE(set)(step * LANES), change = LANE(set)(lane_wrprotect(l, v) - v), to_child = LANE(set)(first - v);
+    const V to_normal = LANE(set)(normal - v), ignored = LANE(set)(l->clear), one = LANE(set)(l->page_mapcount);
+    const V ae = LANE(set)(clear), usual = LANE(set)(like), usually = LANE(set)((like & ~clear) + l->page_mapcount);
+    const uint64_t extent = l->extent_at - l->extent_pfn;
     const int prefetch = l->prefetch;
-    size_t k = 0, lane, nr_usual = 0;
-    if (prefetch && LANE_AHEAD_LARGE < ahead) {
-        uint64_t at = ((src[LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn + extent;
-        LANE_PREFETCH((const void *)((uintptr_t)l->aux + at * sizeof(uint64_t)));
-    }
-    for (; k + LANES <= n; k += LANES) {
-        V cur = LANE(load)(src + k), wp = LANE(add)(same, change), w;
-        if (LANE(nonzero)(LANE(xor)(cur, same))) {
-            wp = LANE(lane_wp)(l, cur);
-            if (LANE(nonzero)(LANE(xor)(LANE(andnot)(ignored, wp), LANE(add)(same, to_normal))))
+    uint64_t counts[LANES];
+    V same = LANE(ramp)(v, step), exclusive = LANE(set)(0), seen = LANE(set)(like);
+    size_t k = 0, lane, nr_usual = 0, j;
+    if (prefetch && LANE_AHEAD_LARGE < ahead)
+        LANE_PREFETCH_AT(l->aux, ((src[LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) + extent);
+    while (k + LANES <= n) {
+        V cur, wp, w;
+        for (; k + MANY * LANES <= n; k += MANY * LANES) {
+            V differ = LANE(set)(0), many[MANY];
+            lane_stream(src + k, MANY * LANES);
+            lane_stream(dst + k, MANY * LANES);
+            if (prefetch && k + LANE_AHEAD_LARGE < ahead) {
+                uint64_t at = ((src[k + LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) + extent;
+                for (j = 0; j < MANY * LANES; j += LANE_LINE)
+                    LANE_PREFETCH_AT(l->words, at + j);
+            }
+            for (j = 0; j < MANY; j++) {
+                many[j] = j ? LANE(add)(many[j - 1], next) : same;
+                differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + k + j * LANES), many[j]));
+                differ = LANE(or)(differ, LANE(xor)(LANE(load)(words + k + j * LANES), usual));
+            }
+            if (LANE(nonzero)(differ))
                 break;
+            for (j = 0; j < MANY; j++) {
+                LANE(store)(src + k + j * LANES, LANE(add)(many[j], change));
+                LANE(store)(dst + k + j * LANES, LANE(add)(many[j], to_child));
+                LANE(store)(words + k + j * LANES, usually);
+            }
+            same = LANE(add)(many[MANY - 1], next);
+            nr_usual += MANY;
         }
-        if (prefetch && !(k & 7) && k + LANE_AHEAD_LARGE < ahead) {
-            uint64_t at = ((src[k + LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn + extent;
-            LANE_PREFETCH((const void *)((uintptr_t)l->words + at * sizeof(uint64_t)));
-        }
-        lane_stream(src + k, LANES);
-        lane_stream(dst + k, LANES);
+        if (k + LANES > n)
+            break;
+        cur = LANE(load)(src + k);
+        wp = LANE(lane_wp)(l, cur);
+        if (LANE(nonzero)(LANE(xor)(LANE(andnot)(ignored, wp), LANE(add)(same, to_normal))))
+            break;
         LANE(store)(src + k, wp);
-        LANE(store)(dst + k, child);
+        LANE(store)(dst + k, LANE(add)(same, to_child));
         w = LANE(load)(words + k);
-        if (LANE_LIKELY(!LANE(nonzero)(LANE(xor)(w, usual)))) {
-            nr_usual++;
-            LANE(store)(words + k, usually);
-        } else {
-            seen = LANE(or)(seen, w);
-            exclusive = LANE(add)(exclusive, LANE(shr)(LANE(and)(w, ae), AE_BIT_));
-            LANE(store)(words + k, LANE(add)(LANE(andnot)(ae, w), one));
-        }
+        seen = LANE(or)(seen, w);
+        exclusive = LANE(add)(exclusive, LANE(shr)(LANE(and)(w, ae), AE_BIT_));
+        LANE(store)(words + k, LANE(add)(LANE(andnot)(ae, w), one));
         same = LANE(add)(same, next);
-        child = LANE(add)(child, next);
+        k += LANES;
     }
     LANE(store)(counts, exclusive);
     for (lane = 0; lane < LANES; lane++)
@@ -361,39 +378,78 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
     return k;
 }
 
-/* lane_whole for the order at hand. Short folios take the vectors they fill. */
-LANE_TARGET LANE_INLINE size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t ahead,
-                                                 size_t pages)
+/* Entries from the front of n that map the pages of a large folio from the first on, each copied by itself; what the
+ * entries are like does not matter. Returns how many. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_each)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
+                                               uint64_t v, uint64_t step, uint64_t clear)
 {
-    if (pages == 16)
-        return LANE(lane_whole)(l, src, dst, n, ahead, 16, 4);
-    if (pages == 8)
-        return LANE(lane_whole)(l, src, dst, n, ahead, 8, 3);
-    if (pages == 4)
-        return LANE4(lane_whole)(l, src, dst, n, ahead, 4, 2);
-    return lane_whole_scalar(l, src, dst, n, ahead, 2, 1);
+    const uint64_t which = l->pfn_mask | l->valid | l->present | l->special;
+    const V mask = LANE(set)(which), next = LANE(set)(step * LANES), child_clear = LANE(set)(l->child_clear);
+    V same = LANE(ramp)(v & which, step);
+    size_t k = 0;
+    for (; k + LANES <= n; k += LANES) {
+        V cur = LANE(load)(src + k);
+        if (LANE(nonzero)(LANE(xor)(LANE(and)(cur, mask), same)))
+            break;
+        lane_stream(src + k, LANES);
+        lane_stream(dst + k, LANES);
+        if (l->cow)
+            cur = LANE(lane_protect)(l, src + k, cur);
+        LANE(store)(dst + k, LANE(andnot)(child_clear, cur));
+        LANE(lane_pages)(l, words + k, clear);
+        same = LANE(add)(same, next);
+    }
+    for (; k < n && (src[k] & which) == (v & which) + k * step; k++) {
+        uint64_t cur = src[k];
+        if (l->cow)
+            cur = lane_protect_scalar(l, src + k, cur);
+        dst[k] = cur & ~l->child_clear;
+        lane_pages_scalar(l, words + k, clear);
+    }
+    return k;
 }
 
-/* A batch of a large folio at the front of max_nr entries; page is the index of the word w of its first entry, v.
- * Returns nr, or 0 with nothing done if copy_present_ptes() has to. */
-LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, uint64_t *dst, size_t max_nr, size_t ahead,
-                                                uint64_t v, uint64_t pfn, size_t page, uint64_t w)
+/* lane_whole for the order at hand. Short folios take the vectors they fill. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
+                                                 size_t ahead, size_t pages)
+{
+    if (pages == 16)
+        return LANE(lane_whole)(l, src, dst, n, left, ahead, 16, 4);
+    if (pages == 8)
+        return LANE(lane_whole)(l, src, dst, n, left, ahead, 8, 3);
+    if (pages == 4)
+        return LANE4(lane_whole)(l, src, dst, n, left, ahead, 4, 2);
+    return lane_whole_scalar(l, src, dst, n, left, ahead, 2, 1);
+}
+
+/* The front of n entries, the first of which, v, maps a page of a large folio; page is the index of that page's word w. The
+ * table ends after `left` entries. Returns how many were copied, or 0 with nothing done if copy_present_ptes() has to. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
+                                                size_t ahead, uint64_t v, uint64_t pfn, size_t page, uint64_t w)
 {
     const size_t nr_pages = (size_t)1 << (w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1));
     const size_t offset = pfn & (nr_pages - 1), head = page - offset;
-    const size_t limit = nr_pages - offset < max_nr ? nr_pages - offset : max_nr;
+    const size_t limit = nr_pages - offset < left ? nr_pages - offset : left;
     const uint64_t step = v & l->valid ? LANE_BIT(X86_PFN_SHIFT) : 0 - LANE_BIT(X86_PFN_SHIFT);
     const uint64_t clear = w >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0;
     uint64_t *words = l->words + page;
     size_t nr = 0;
     int any = 1;
-    if (limit == nr_pages && nr_pages <= 16 && l->large_ok) {
-        nr = LANE(lane_wholes)(l, src, dst, max_nr, ahead, nr_pages);
+    if (l->batching && l->large_ok && limit == nr_pages && nr_pages <= 16) {
+        nr = LANE(lane_wholes)(l, src, dst, left & (nr_pages - 1) ? left : n, left, ahead, nr_pages);
         if (nr)
             return nr;
     }
     if (offset > page || nr_pages > l->nr_words - head || !lane_large_ok(l, head, w))
         return 0;
+    if (!l->batching) {
+        if (l->writable != l->write)
+            return 0;
+        nr = LANE(lane_each)(l, src, dst, words, limit, v, step, clear);
+        lane_account(l, head, w, nr);
+        l->hist[1] += (int64_t)nr;
+        return nr;
+    }
     if (!l->cow && v & l->write && v & l->saved_dirty)
         return 0; /* not canonical: making it writable again would change it */
     if (l->cow && v & l->writable) {
@@ -402,21 +458,33 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
         nr = LANE(lane_scan)(l, src, limit, v, step, &any);
         LANE(lane_rewrite)(l, src, dst, words, nr, v, step, clear, any);
     }
-    if (nr)
-        lane_account(l, head, w, nr, limit, max_nr, any);
+    if (!nr)
+        return 0;
+    lane_account(l, head, w, nr);
+    l->hist[nr]++;
+    /* Reads of the scan: entries 1..nr-1, the one that ended it, and without the clamp the one behind the folio. */
+    l->reads += (int64_t)nr - 1 + (nr < limit || (!l->clamp && limit < left));
+    if (any && l->cow) {
+        l->wrprotects++;
+        l->wrprotected += (int64_t)nr;
+    }
     return nr;
 }
 
-/* Copy from the front of n slots of one table; returns how many. ahead entries may be read from src. */
-LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uint64_t *dst, size_t n, size_t ahead)
+/* Copy from the front of n slots; returns how many. They lie in one table after the other, of l->ptrs slots; the first ends
+ * after `left` slots. ahead entries may be read from src. */
+LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uint64_t *dst, size_t n, size_t left, size_t ahead)
 {
     struct lane local = *shared, *l = &local; /* a copy that no store into an array can change: it stays in registers */
     size_t i = 0, page, done;
-    while (i < n) {
+    for (; i < n; i += done) {
         uint64_t v = src[i], pfn, w;
+        if (!left)
+            left = l->ptrs < n - i ? l->ptrs : n - i;
+        done = 1;
         if ((v & ~l->none_ignore) == l->none_value) {
             l->none++;
-            i++;
+            left--;
             continue;
         }
         if (!(v & l->present) || v & l->special)
@@ -433,13 +501,15 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
                 done = 1;
             }
         } else if (w >> VALID_BIT_ && w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1)) {
-            done = LANE(lane_large)(l, src + i, dst + i, n - i, ahead - i, v, pfn, page, w);
+            done = LANE(lane_large)(l, src + i, dst + i, n - i, left, ahead - i, v, pfn, page, w);
         } else {
             done = 0;
         }
         if (!done)
             break;
-        i += done;
+        left = done < left ? left - done : (l->ptrs - (done - left) % l->ptrs) % l->ptrs;
+        if (left > n - i - done)
+            left = n - i - done;
     }
     *shared = local;
     return i;

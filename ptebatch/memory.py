@@ -1,4 +1,4 @@
-"""Memory for large arrays: in huge pages, where the system has them.
+"""Memory for page tables and the memmap: begins at a cache line, and is in huge pages where it is large.
 
 Page tables and the memmap are gone through in no order, so with pages of 4 KiB much of the time goes into translating
 addresses. NumPy asks for huge pages itself, but from 4 MiB on and wherever the array happens to begin; the page tables
@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 HUGE = 2 << 20
 """Size and alignment of a huge page; what is smaller comes from NumPy, whose allocator uses memory again."""
+LINE = 64
+"""Alignment of what is smaller: a vector of the core's loops does not straddle two cache lines then."""
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -27,8 +29,6 @@ def zeros(*shape: int) -> npt.NDArray[np.uint64]:
 
 def copy(array: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
     """Return a copy of an array, C-contiguous."""
-    if array.nbytes < HUGE:
-        return array.copy()
     new = _zeros(array.shape, array.dtype)
     new[...] = array
     return new
@@ -38,7 +38,8 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype[Scalar]) -> npt.NDArray[Scala
     nr = math.prod(shape)
     area = _huge_pages(nr * dtype.itemsize)
     if area is None:
-        return np.zeros(shape, dtype=dtype)
+        room = np.zeros(nr * dtype.itemsize + LINE, dtype=np.uint8)
+        area = memoryview(room)[-room.ctypes.data % LINE :]
     return np.frombuffer(area, dtype=dtype, count=nr).reshape(shape)
 
 

@@ -25,6 +25,13 @@ from libc.string cimport memcpy, memset
 cdef extern from "<errno.h>" nogil:
     int EHWPOISON
 
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        int64_t tv_sec
+        int64_t tv_nsec
+    int CLOCK_MONOTONIC
+    int clock_gettime(int clock, timespec *now)
+
 cdef extern from * nogil:
     """
     #if defined(__GNUC__) || defined(__clang__)
@@ -502,6 +509,12 @@ cdef void scan_rules(const pte_layout *L, batch_scan *B, bint respect_dirty, bin
         also(&B.norm, &L.wrprotect)
     B.any_write = B.any_young = B.any_dirty = 0
     B.reads = 0
+
+
+cdef inline int64_t now_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return now.tv_sec * 1000000000 + now.tv_nsec
 
 
 cdef inline uint64_t word_mapcount(uint64_t w) noexcept nogil:
@@ -1814,7 +1827,8 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
 
     state is [row, idx, pages used of the pool, allocations left, rows that the child has]: where to go on after
     E_PREALLOC or E_SWAP_SLOT, and where the walk stopped.
-    Returns (0, -EHWPOISON, -EBUSY, -ENOMEM or an E_ code; failing PFN; whether a mapcount is near its limit).
+    Returns (0, -EHWPOISON, -EBUSY, -ENOMEM or an E_ code; failing PFN; whether a mapcount is near its limit; the
+    nanoseconds it took).
     """
     cdef pte_layout L = read_layout(layout)
     cdef copy_rules R = read_rules(rules)
@@ -1823,7 +1837,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     cdef lane F
     cdef Py_ssize_t ret = 0, row = state[0], at = state[1], used = state[2], stop, nr_hist = src.shape[1] + 1
     cdef Py_ssize_t ptrs = src.shape[1], has_rows = state[4], touched
-    cdef int64_t before
+    cdef int64_t before, took = now_ns()
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef swap_map S = view_swap(slots, counts)
     check_stats(stats, ptrs)
@@ -1886,7 +1900,8 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
         state[2] = used
         state[3] = W.allocations
         state[4] = has_rows
-    return ret, W.fail_pfn, near_limit(&W)
+        took = now_ns() - took
+    return ret, W.fail_pfn, near_limit(&W), took
 
 
 def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpns not None, Py_ssize_t first_row,
@@ -1894,12 +1909,12 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
                    uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
                    const int32_t[::1] sub not None, bint as_kernel, uint64_t kinds, uint64_t kinds_high,
                    const uint64_t[::1] fast not None):
-    """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy."""
+    """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy; the nanoseconds it took."""
     cdef pte_layout L = read_layout(layout)
     cdef Py_ssize_t ret = 0, row, last, at = 0, stop, room, slots = table.shape[1]
     cdef uint64_t fail_pfn = NO_PFN
     cdef memmap M = view_memmap(words, aux, top, sub)
-    cdef int64_t where = 0
+    cdef int64_t where = 0, took = now_ns()
     cdef lane F
     lane_memmap(&F, &M, fast)
     if first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]:
@@ -1919,7 +1934,8 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
                 break
             row += at // slots if at > stop else 1
             at = at % slots if at > stop else 0
-    return ret, where, fail_pfn
+        took = now_ns() - took
+    return ret, where, fail_pfn, took
 
 
 def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns not None, Py_ssize_t first_row,

@@ -92,7 +92,8 @@ enum {
 #define LANE_PREFETCH_AT(array, index) LANE_PREFETCH((const void *)((uintptr_t)(array) + (index) * sizeof(uint64_t)))
 
 enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_LARGE = 256 }; /* entries; of small and of large folios */
-enum { LANE_AHEAD_STREAM = 128, LANE_LINE = 8 };         /* of the tables themselves; entries in a cache line */
+enum { LANE_AHEAD_STREAM = 64, LANE_LINE = 8 };          /* of the tables themselves; entries in a cache line */
+enum { LANE_STREAMS = 4, LANE_LONG = 1024 };             /* of the read-only pass, and from how many entries in each */
 
 /* n entries (constant where inlined) are about to be worked on: fetch those a while behind them. */
 LANE_INLINE void lane_stream(const uint64_t *entries, size_t n)

@@ -43,25 +43,41 @@ LANE_TARGET LANE_INLINE V LANE(lane_extent)(const struct lane *l, V v, V *bad)
     return at;
 }
 
-/* The read-only pass: entries from the front, LANES at a time, that are none or whose page is in the extent. */
-LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t *entries, size_t n)
+/* Nonzero if one of 4 * LANES entries is not as lane_extent wants it. */
+LANE_TARGET LANE_INLINE V LANE(lane_bad)(const struct lane *l, const uint64_t *entries)
 {
+    V bad = LANE(set)(0), more;
+    size_t k = 0;
+    for (; k < 4 * LANES; k += LANES) {
+        LANE(lane_extent)(l, LANE(load)(entries + k), &more);
+        bad = LANE(or)(bad, more);
+    }
+    lane_stream(entries, 4 * LANES);
+    return bad;
+}
+
+/* The read-only pass: entries from the front, LANES at a time, that are none or whose page is in the extent. */
+LANE_TARGET static size_t LANE(lane_check)(const struct lane *shared, const uint64_t *entries, size_t n)
+{
+    const struct lane local = *shared, *l = &local;
     const V none = LANE(set)(l->none_value);
-    size_t i = 0;
-    V bad, more, v;
-    for (; i + LANES <= n; i += LANES) {
-        /* Mostly nothing is bad: four vectors are asked at once. */
-        for (; i + 4 * LANES <= n; i += 4 * LANES) {
-            lane_stream(entries + i, 4 * LANES);
-            LANE(lane_extent)(l, LANE(load)(entries + i), &bad);
-            LANE(lane_extent)(l, LANE(load)(entries + i + LANES), &more);
-            bad = LANE(or)(bad, more);
-            LANE(lane_extent)(l, LANE(load)(entries + i + 2 * LANES), &more);
-            bad = LANE(or)(bad, more);
-            LANE(lane_extent)(l, LANE(load)(entries + i + 3 * LANES), &more);
-            if (LANE(nonzero)(LANE(or)(bad, more)))
+    const size_t part = n / LANE_STREAMS & ~(size_t)(4 * LANES - 1);
+    size_t i = 0, k;
+    V bad, v;
+    /* Mostly nothing is bad. One stream of reads does not keep the memory busy: several at once do. */
+    if (part >= LANE_LONG) {
+        for (; i < part; i += 4 * LANES) {
+            bad = LANE(lane_bad)(l, entries + i);
+            for (k = 1; k < LANE_STREAMS; k++)
+                bad = LANE(or)(bad, LANE(lane_bad)(l, entries + i + k * part));
+            if (LANE(nonzero)(bad))
                 break;
         }
+        i = i < part ? i : LANE_STREAMS * part;
+    }
+    for (; i + LANES <= n; i += LANES) {
+        while (i + 4 * LANES <= n && !LANE(nonzero)(LANE(lane_bad)(l, entries + i)))
+            i += 4 * LANES;
         if (i + LANES > n)
             break;
         v = LANE(load)(entries + i);

@@ -7,7 +7,6 @@ the kernel sources of each.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable
 from errno import ENOMEM
 from functools import lru_cache
@@ -331,12 +330,11 @@ def _copy(
     swap = ctx.folios.swap
     global core_ns
     while True:
-        begin = time.perf_counter_ns()
-        ret, pfn, near_limit = _core.py_copy_page_range(
+        ret, pfn, near_limit, took = _core.py_copy_page_range(
             dst, src, vpns, dst_row, src_row, nr_rows, start, end, layout, rules, *_memmap(ctx.folios), swap._slots,
             swap._counts, pool, rss, stats, state, fast,
         )  # fmt: skip
-        core_ns += time.perf_counter_ns() - begin
+        core_ns += took
         ctx.folios._walked(pool[: state[2]], near_limit)
         if ret == _core.RESULTS["E_SWAP_SLOT"]:
             ahead = src[src_row + int(state[0]) : src_row + nr_rows].reshape(-1)
@@ -404,12 +402,11 @@ def check_range(
     global core_ns
     for vma in vmas:
         first, last = mm.rows(vma.start, vma.end)
-        begin = time.perf_counter_ns()
-        ret, vpn, pfn = _core.py_check_range(
+        ret, vpn, pfn, took = _core.py_check_range(
             mm.entries, mm.vpns, first, last - first, vma.start >> shift, vma.end >> shift, layout, *memmap,
             pfn_without_page == "as_kernel", swap_rules["swp_kinds"], swap_rules["swp_kinds_high"], fast,
         )  # fmt: skip
-        core_ns += time.perf_counter_ns() - begin
+        core_ns += took
         if ret:
             _raise(ret, mm.layout, mm.pte(vpn << shift), vpn << shift, pfn)
 

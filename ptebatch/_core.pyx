@@ -949,9 +949,13 @@ cdef inline Py_ssize_t copy_present_ptes(uint64_t[:, ::1] dst, Py_ssize_t drow, 
 
 
 cdef Py_ssize_t swap_slot(swap_map *S, uint64_t key) noexcept nogil:
-    """Index of a slot's count, or -1. Slots of neighbouring entries are mostly neighbours too."""
+    """Index of a slot's count, or -1. Slots of neighbouring entries are mostly neighbours too, and slots lie close."""
     cdef Py_ssize_t low = 0, high = S.nr, middle
+    cdef uint64_t guess
     if S.next >= S.nr or S.slots[S.next] != key:
+        guess = key - S.slots[0] if S.nr else 0
+        if guess < <uint64_t>S.nr and S.slots[guess] == key:
+            low = high = <Py_ssize_t>guess
         while low < high:
             middle = low + ((high - low) >> 1)
             if S.slots[middle] < key:
@@ -1033,6 +1037,22 @@ cdef Py_ssize_t restore_exclusive_pte(uint64_t[:, ::1] src, Py_ssize_t srow, Py_
     return 0
 
 
+cdef inline Py_ssize_t copy_swap_pte(uint64_t *dst, uint64_t *src, uint64_t pte, const pte_layout *L,
+                                     const copy_rules *R, swap_map *S, walk *W) noexcept nogil:
+    """Copy one entry, in the slot src, of a page that is swapped out: 0, -EIO or an E_ code."""
+    cdef Py_ssize_t ret = swap_duplicate(S, L, pte, W)
+    if ret:
+        return ret
+    if pte & L.swp_exclusive:
+        pte &= ~L.swp_exclusive
+        src[0] = pte
+    W.rss[2] += 1
+    W.stats[S_SWAP] += 1
+    W.stats[S_PTEP_GET] += 1
+    dst[0] = pte if R.dst_uffd_wp else pte & ~L.swp_uffd_wp
+    return 0
+
+
 cdef Py_ssize_t copy_nonpresent_pte(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[:, ::1] src, Py_ssize_t srow,
                                     Py_ssize_t idx, uint64_t pte, const pte_layout *L, const copy_rules *R,
                                     const memmap *M, swap_map *S, walk *W) except -1 nogil:
@@ -1044,15 +1064,8 @@ cdef Py_ssize_t copy_nonpresent_pte(uint64_t[:, ::1] dst, Py_ssize_t drow, uint6
         return E_UNSUPPORTED
     kind = swp_kind(R.swp_kinds, R.swp_kinds_high, type)
     if kind == SWP_SWAP:
-        ret = swap_duplicate(S, L, pte, W)
-        if ret:
-            return ret
-        if pte & L.swp_exclusive:
-            child = pte & ~L.swp_exclusive
-            src[srow, idx] = child
-        W.rss[2] += 1
-        W.stats[S_SWAP] += 1
-    elif kind == SWP_MARKER:
+        return copy_swap_pte(&dst[drow, idx], &src[srow, idx], pte, L, R, S, W)
+    if kind == SWP_MARKER:
         child = swp_offset(L, pte) & R.markers
         if child:
             dst[drow, idx] = swp_entry(L, SWP_PTE_MARKER, child)
@@ -1111,9 +1124,10 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
     """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it; it may come to lie in a later
     table, counted from the start of this one."""
     cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until, room, ran, retry = at[0], patience = 1
-    cdef uint64_t pte
+    cdef uint64_t pte, type
     while idx < end:
-        if W.fast.level and idx >= retry:
+        pte = src[srow, idx]
+        if W.fast.level and idx >= retry and (pte_present(L, pte) or pte_none(L, pte)):
             room = W.end - srow * src.shape[1] - idx
             # Further tables only where none of them can lack memory.
             ran = lane_run(W.fast, &src[srow, idx], &dst[drow, idx], room if W.allocations > room else end - idx, end - idx,
@@ -1124,17 +1138,18 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
             # Where the lane finds nothing to do time and again, it is asked less and less often.
             patience = 1 if ran else min(2 * patience, LANE_PATIENCE)
             retry = idx + patience
-        until = idx + PREFETCH_AHEAD if idx + PREFETCH_AHEAD < end else end
-        if ahead < until:
-            ahead = prefetch_pages(src, srow, ahead if ahead > idx else idx, until, L, M, W.large)
-        pte = src[srow, idx]
+        pte = src[srow, idx]  # where the lane stopped
         if pte_none(L, pte):
             W.stats[S_PTES_NONE] += 1
             idx += 1
             continue
         at[0] = idx
         if not pte_present(L, pte):
-            ret = copy_nonpresent_pte(dst, drow, src, srow, idx, pte, L, R, M, S, W)
+            type = swp_type(L, pte)
+            if type < SWP_TYPES and swp_kind(R.swp_kinds, R.swp_kinds_high, type) == SWP_SWAP:
+                ret = copy_swap_pte(&dst[drow, idx], &src[srow, idx], pte, L, R, S, W)  # mostly, and at less cost
+            else:
+                ret = copy_nonpresent_pte(dst, drow, src, srow, idx, pte, L, R, M, S, W)
             # One read by this loop, and after -ENOENT the entry is read again. An entry to come back to is not counted.
             W.stats[S_PTEP_GET] += ret != E_SWAP_SLOT
             if ret == 0:
@@ -1144,6 +1159,9 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
                 # -EIO: the kernel asks for memory once more, now ready to wait for it; here that fails too.
                 return -ENOMEM if ret == -EIO else ret
             pte = src[srow, idx]
+        until = idx + PREFETCH_AHEAD if idx + PREFETCH_AHEAD < end else end
+        if ahead < until:
+            ahead = prefetch_pages(src, srow, ahead if ahead > idx else idx, until, L, M, W.large)
         if R.has_pinned and used[0] >= pool.shape[0]:
             return E_PREALLOC
         if L.cont:  # what was read says whether the entry is present, and no more than that
@@ -1200,15 +1218,17 @@ cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row,
                                    uint64_t *fail_pfn) except -1 nogil:
     """Read-only: every entry of one table that maps a page has it, and no swap type is unknown. As in copy_pte_range(),
     at[0] may come to lie in a later table, at most `room` slots from the start of this one."""
-    cdef Py_ssize_t idx = at[0] - 1, page, retry = at[0]
+    cdef Py_ssize_t idx = at[0] - 1, page, ran, retry = at[0], patience = LANE_RETRY
     cdef uint64_t pte, pfn, type
     cdef int32_t entry
     cdef int kind
     while True:
         idx += 1
         if F.level and retry <= idx < end:
-            idx += lane_check(F, &table[row, idx], room - idx)
-            retry = idx + LANE_RETRY
+            ran = lane_check(F, &table[row, idx], room - idx)
+            idx += ran
+            patience = LANE_RETRY if ran else min(2 * patience, LANE_PATIENCE)
+            retry = idx + patience
         if idx >= end:
             at[0] = idx
             return 0

@@ -144,6 +144,12 @@ LANE_INLINE uint64_t lane_pfn(const struct lane *l, uint64_t v)
     return ((v & l->valid ? v : ~v) & l->pfn_mask) >> X86_PFN_SHIFT;
 }
 
+/* What the next page's entry has more: modulo 2^64, because PROT_NONE entries hold their PFN inverted. */
+LANE_INLINE uint64_t lane_step(const struct lane *l, uint64_t v)
+{
+    return v & l->valid ? LANE_BIT(X86_PFN_SHIFT) : 0 - LANE_BIT(X86_PFN_SHIFT);
+}
+
 /* Index of a PFN's word, nr_words if it has none. */
 LANE_INLINE size_t lane_page(const struct lane *l, uint64_t pfn)
 {

@@ -43,6 +43,15 @@ LANE_TARGET LANE_INLINE V LANE(lane_extent)(const struct lane *l, V v, V *bad)
     return at;
 }
 
+/* Nonzero if one of LANES entries is not a PROT_NONE entry that maps a page of the extent: valid and PFN are inverted. */
+LANE_TARGET LANE_INLINE V LANE(lane_protnone)(const struct lane *l, V v)
+{
+    const V protnone = LANE(set)(l->present & ~l->valid);
+    V bad;
+    LANE(lane_extent)(l, LANE(xor)(v, LANE(set)(l->pfn_mask | l->valid)), &bad);
+    return LANE(or)(bad, LANE(andnot)(v, protnone));
+}
+
 /* Nonzero if one of 4 * LANES entries is not as lane_extent wants it. */
 LANE_TARGET LANE_INLINE V LANE(lane_bad)(const struct lane *l, const uint64_t *entries)
 {
@@ -56,10 +65,9 @@ LANE_TARGET LANE_INLINE V LANE(lane_bad)(const struct lane *l, const uint64_t *e
     return bad;
 }
 
-/* The read-only pass: entries from the front, LANES at a time, that are none or whose page is in the extent. */
-LANE_TARGET static size_t LANE(lane_check)(const struct lane *shared, const uint64_t *entries, size_t n)
+/* The read-only pass: entries from the front, LANES at a time, that all are none or map pages of the extent. */
+LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t *entries, size_t n)
 {
-    const struct lane local = *shared, *l = &local;
     const V none = LANE(set)(l->none_value);
     const size_t part = n / LANE_STREAMS & ~(size_t)(4 * LANES - 1);
     size_t i = 0, k;
@@ -78,11 +86,13 @@ LANE_TARGET static size_t LANE(lane_check)(const struct lane *shared, const uint
     for (; i + LANES <= n; i += LANES) {
         while (i + 4 * LANES <= n && !LANE(nonzero)(LANE(lane_bad)(l, entries + i)))
             i += 4 * LANES;
-        if (i + LANES > n)
+        for (bad = LANE(set)(0); i + LANES <= n && !LANE(nonzero)(bad); i += LANES)
+            LANE(lane_extent)(l, LANE(load)(entries + i), &bad);
+        if (!LANE(nonzero)(bad))
             break;
+        i -= LANES;
         v = LANE(load)(entries + i);
-        LANE(lane_extent)(l, v, &bad);
-        if (LANE(nonzero)(bad) && LANE(fold)(LANE(xor)(v, none)))
+        if (LANE(nonzero)(LANE(xor)(v, none)) && LANE(nonzero)(LANE(lane_protnone)(l, v)))
             break;
     }
     return i;
@@ -153,18 +163,19 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
     LANE(store)(words, LANE(add)(LANE(andnot)(LANE(set)(clear), w), LANE(set)(l->page_mapcount)));
 }
 
-/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, each mapped whole by entries that
- * form one batch. Everything of a folio stays in registers. Returns the entries copied. The first table ends after `left`
+/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, the first of which is v, each mapped
+ * whole by entries that form one batch, or without batching are alike. Everything of a folio stays in registers. Returns the entries copied. The first table ends after `left`
  * entries, and every further one after l->ptrs more; no folio crosses an end.
  *
  * What a folio's words and entries become is worked out for one folio; those behind it that are the same but for where
  * they are (all entries like the first, all words and MM-ID slots as they were there) are only compared and stored. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
-                                                size_t ahead, const size_t pages, const uint64_t order)
+                                                size_t ahead, uint64_t v, const size_t pages, const uint64_t order)
 {
     enum { MOST = 16 / LANES };
     const uint64_t counter = (uint64_t)pages << COUNTER_SHIFT_, pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
-    const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1, hard = l->valid | l->special;
+    const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1, hard = l->present | l->valid | l->special;
+    const uint64_t flip = v & l->valid ? 0 : pfn_mask, step = lane_step(l, v); /* the PFN of PROT_NONE entries is inverted */
     const V mask = LANE(set)(LANE_WHOLE_MASK | l->large_mask), clear = LANE(set)(l->clear);
     const int mm_id = l->mm_id, prefetch = l->prefetch, second = l->large_mapcount, cow = l->cow;
     uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at, first[16] = {
@@ -175,14 +186,15 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
     V ramp[MOST];
     size_t i = 0, k, nr;
     for (k = 0; k < pages / LANES; k++)
-        ramp[k] = LANE(ramp)(k * LANES << X86_PFN_SHIFT, LANE_BIT(X86_PFN_SHIFT));
+        ramp[k] = LANE(ramp)(k * LANES * step, step);
     while (i + pages <= n) {
         V before[MOST], after[MOST], wp[MOST], differ = LANE(set)(0), seen = LANE(set)(0), other = LANE(set)(0), value, normal;
-        uint64_t head = src[i], at = ((head & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn, w, exclusive, child, a = 0, b = 0;
+        uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> X86_PFN_SHIFT, at = pfn - extent_pfn, w, exclusive, child;
+        uint64_t a = 0, b = 0;
         uint64_t a_after = 0, b_after = 0, flags, to_wp, nr_exclusive = 0;
         size_t from = i;
         int any;
-        if (at >= room || head >> X86_PFN_SHIFT & (pages - 1) || (head & hard) != l->valid)
+        if (at >= room || pfn & (pages - 1) || (head ^ v) & hard)
             break;
         w = words[at];
         exclusive = (w >> ANON_BIT_ & 1) << AE_BIT_;
@@ -199,6 +211,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         }
         any = LANE(nonzero)(LANE(and)(seen, LANE(set)(l->writable)));
         if (LANE(nonzero)(differ) || (!cow && head & l->write && head & l->saved_dirty))
+            break;
+        if (!l->batching && LANE(nonzero)(other))
             break;
         if (mm_id) {
             a = aux[at];
@@ -227,13 +241,14 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         for (; !LANE(nonzero)(other) && i + pages <= n; i += pages) {
             V entries[MOST];
             head = src[i];
-            at = ((head & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn;
-            if (at >= room || head >> X86_PFN_SHIFT & (pages - 1) || (head & ~pfn_mask) != flags)
+            pfn = ((head ^ flip) & pfn_mask) >> X86_PFN_SHIFT;
+            at = pfn - extent_pfn;
+            if (at >= room || pfn & (pages - 1) || (head & ~pfn_mask) != flags)
                 break;
             if (mm_id && ((aux[at] ^ a) | (aux[at + 1] ^ b)))
                 break;
             if (prefetch && i + LANE_AHEAD_LARGE + 16 <= ahead) {
-                uint64_t next = ((src[i + LANE_AHEAD_LARGE] & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn;
+                uint64_t next = (((src[i + LANE_AHEAD_LARGE] ^ flip) & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn;
                 LANE_PREFETCH_AT(words, next);
                 if (pages == 16)
                     LANE_PREFETCH_AT(words, next + LANE_LINE);
@@ -264,8 +279,12 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         nr = (i - from) / pages;
         l->exclusive += (int64_t)(nr * nr_exclusive);
         l->rss[lane_rss(w)] += (int64_t)(i - from);
-        l->wrprotects += any && cow ? (int64_t)nr : 0;
+        l->wrprotects += any && cow ? (int64_t)(l->batching ? nr : i - from) : 0;
         l->wrprotected += any && cow ? (int64_t)(i - from) : 0;
+    }
+    if (!l->batching) {
+        l->hist[1] += (int64_t)i;
+        return i;
     }
     nr = i / pages;
     l->hist[pages] += (int64_t)nr;
@@ -427,15 +446,15 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_each)(struct lane *l, uint64_t *src, ui
 
 /* lane_whole for the order at hand. Short folios take the vectors they fill. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
-                                                 size_t ahead, size_t pages)
+                                                 size_t ahead, uint64_t v, size_t pages)
 {
     if (pages == 16)
-        return LANE(lane_whole)(l, src, dst, n, left, ahead, 16, 4);
+        return LANE(lane_whole)(l, src, dst, n, left, ahead, v, 16, 4);
     if (pages == 8)
-        return LANE(lane_whole)(l, src, dst, n, left, ahead, 8, 3);
+        return LANE(lane_whole)(l, src, dst, n, left, ahead, v, 8, 3);
     if (pages == 4)
-        return LANE4(lane_whole)(l, src, dst, n, left, ahead, 4, 2);
-    return lane_whole_scalar(l, src, dst, n, left, ahead, 2, 1);
+        return LANE4(lane_whole)(l, src, dst, n, left, ahead, v, 4, 2);
+    return lane_whole_scalar(l, src, dst, n, left, ahead, v, 2, 1);
 }
 
 /* The front of n entries, the first of which, v, maps a page of a large folio; page is the index of that page's word w. The
@@ -446,13 +465,13 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
     const size_t nr_pages = (size_t)1 << (w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1));
     const size_t offset = pfn & (nr_pages - 1), head = page - offset;
     const size_t limit = nr_pages - offset < left ? nr_pages - offset : left;
-    const uint64_t step = v & l->valid ? LANE_BIT(X86_PFN_SHIFT) : 0 - LANE_BIT(X86_PFN_SHIFT);
+    const uint64_t step = lane_step(l, v);
     const uint64_t clear = w >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0;
     uint64_t *words = l->words + page;
     size_t nr = 0;
     int any = 1;
-    if (l->batching && l->large_ok && limit == nr_pages && nr_pages <= 16) {
-        nr = LANE(lane_wholes)(l, src, dst, left & (nr_pages - 1) ? left : n, left, ahead, nr_pages);
+    if (l->large_ok && limit == nr_pages && nr_pages <= 16 && (l->batching || l->writable == l->write)) {
+        nr = LANE(lane_wholes)(l, src, dst, left & (nr_pages - 1) ? left : n, left, ahead, v, nr_pages);
         if (nr)
             return nr;
     }

@@ -87,7 +87,7 @@ def py_copy_page_range(
     stats: I64,
     state: I64,
     fast: U64,
-) -> tuple[int, int, bool]: ...
+) -> tuple[int, int, bool, int]: ...
 def py_check_range(
     table: U64,
     vpns: I64,
@@ -104,7 +104,7 @@ def py_check_range(
     kinds: int,
     kinds_high: int,
     fast: U64,
-) -> tuple[int, int, int]: ...
+) -> tuple[int, int, int, int]: ...
 def py_wrprotect_range(
     table: U64,
     vpns: I64,
@@ -120,7 +120,8 @@ def py_wrprotect_range(
     top: I32,
     sub: I32,
     stats: I64,
-) -> tuple[int, int]: ...
+    fast: U64,
+) -> tuple[int, int, int]: ...
 def py_clear_full_ptes(table: U64, idx: int, nr: int, layout: U64) -> int: ...
 def py_zap_range(
     table: U64,

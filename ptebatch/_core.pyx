@@ -72,6 +72,7 @@ cdef extern from "_lane.h" nogil:
         uint64_t mapcounts
     bint lane_supported(int level)
     size_t lane_run(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, size_t ahead)
+    size_t lane_protect_run(lane *l, uint64_t *src, size_t n, size_t left, size_t ahead)
     size_t lane_check(const lane *l, const uint64_t *entries, size_t n)
 
 
@@ -1259,13 +1260,22 @@ cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row,
 
 
 cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t *at, Py_ssize_t end,
-                                       bint batching, const pte_layout *L, const memmap *M, batch_scan *B,
-                                       int64_t *stats) except -1 nogil:
-    """Write-protect present entries idx..end, one at a time or batch by batch. Non-present entries are passed over."""
-    cdef Py_ssize_t idx = at[0], nr, page, head
+                                       Py_ssize_t room, bint batching, const pte_layout *L, const memmap *M,
+                                       batch_scan *B, lane *F, int64_t *stats) except -1 nogil:
+    """Write-protect present entries idx..end, one at a time or batch by batch. Non-present entries are passed over. As in
+    copy_pte_range(), at[0] may come to lie in a later table, at most `room` slots from the start of this one."""
+    cdef Py_ssize_t idx = at[0], nr, page, head, ran, retry = at[0], patience = 1
     cdef uint64_t pte, pfn, w
     cdef bint write
     while idx < end:
+        pte = table[row, idx]
+        if F.level and idx >= retry and (pte_present(L, pte) or pte_none(L, pte)):
+            ran = lane_protect_run(F, &table[row, idx], room - idx, end - idx, room - idx)
+            idx += ran
+            if idx >= end:
+                break
+            patience = 1 if ran else min(2 * patience, LANE_PATIENCE)
+            retry = idx + patience
         ptep_get(table, row, idx, L, stats + S_CONTPTE, &pte)
         stats[S_PTEP_GET] += 1
         if not pte_present(L, pte):
@@ -1297,6 +1307,7 @@ cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, P
             stats[S_PTES_WRPROTECTED] += nr
         stats[N_STATS + nr] += 1
         idx += nr
+    at[0] = idx
     return 0
 
 
@@ -1631,7 +1642,7 @@ cdef swap_map view_swap(const uint64_t[::1] slots, int64_t[::1] counts) except *
 
 cdef int lane_memmap(lane *F, const memmap *M, const uint64_t[::1] fast) except -1:
     """The level and what the memmap is like; the extent comes from outside and is cut to the storage."""
-    if fast.shape[0] != 5 or fast[0] > LANE_AVX512 or not lane_supported(fast[0]):
+    if fast.shape[0] != 4 or fast[0] > LANE_AVX512 or not lane_supported(fast[0]):
         raise ValueError("no such SIMD level here")
     memset(F, 0, sizeof(F[0]))
     F.level = fast[0]
@@ -1961,29 +1972,49 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
 def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns not None, Py_ssize_t first_row,
                        Py_ssize_t nr_rows, int64_t start, int64_t end, bint batching, bint clamp,
                        const uint64_t[::1] layout not None, uint64_t[::1] words not None, uint64_t[::1] aux not None,
-                       const int32_t[::1] top not None, const int32_t[::1] sub not None, int64_t[::1] stats not None):
-    """Write-protect virtual pages start..end; (0 or E_ code, virtual page number)."""
+                       const int32_t[::1] top not None, const int32_t[::1] sub not None, int64_t[::1] stats not None,
+                       const uint64_t[::1] fast not None):
+    """Write-protect virtual pages start..end; (0 or E_ code, virtual page number, the nanoseconds it took)."""
     cdef pte_layout L = read_layout(layout)
     cdef batch_scan B
-    cdef Py_ssize_t ret = 0, row, at = 0, stop, slots = table.shape[1]
+    cdef Py_ssize_t ret = 0, row, last, at = 0, stop, room, slots = table.shape[1]
     cdef memmap M = view_memmap(words, aux, top, sub)
-    cdef int64_t where = 0
+    cdef int64_t where = 0, took = now_ns()
+    cdef lane F
     check_stats(stats, slots)
+    lane_memmap(&F, &M, fast)
     if first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]:
         raise ValueError("rows out of range")
     with nogil:
         scan_rules(&L, &B, False, False, False)
         B.clamp = clamp
-        for row in range(first_row, first_row + nr_rows):
-            at = start - vpns[row] if start > vpns[row] else 0
-            stop = end - vpns[row] if end - vpns[row] < slots else slots
-            ret = wrprotect_table(table, row, &at, stop, batching, &L, &M, &B, &stats[0])
+        lane_entries(&F, &L)
+        F.clear = B.clear
+        F.clamp = clamp
+        F.batching = batching
+        F.ptrs = slots
+        F.hist = &stats[N_STATS]
+        row = first_row
+        last = first_row + nr_rows - 1
+        while row <= last:
+            if vpns[row] + at < start:
+                at = start - vpns[row]
+            stop = min(end - vpns[row], slots)
+            room = (last - row) * slots + min(end - vpns[last], slots)
+            ret = wrprotect_table(table, row, &at, stop, room, batching, &L, &M, &B, &F, &stats[0])
             if ret:
                 where = vpns[row] + at
                 break
+            row += at // slots if at > stop else 1
+            at = at % slots if at > stop else 0
+        stats[S_PTES_NONE] += F.none
+        stats[S_PTEP_GET] += F.reads
+        stats[S_WRPROTECT_PTES] += F.wrprotects
+        stats[S_PTES_WRPROTECTED] += F.wrprotected
         derive_stats(&stats[0], slots + 1)
         stats[S_SET_PTES] = stats[S_FOLIO_REF_ADD] = stats[S_RMAP_DUP] = 0
-    return ret, where
+        took = now_ns() - took
+    return ret, where, took
 
 
 cdef zap_rules read_zap_rules(const uint64_t[::1] values) except *:

@@ -1,5 +1,6 @@
 /*
- * The fast lane of fork's copy: runs of entries that need nothing but the common case, at one of three SIMD levels.
+ * The fast lane of fork's copy and of write-protection: runs of entries that need nothing but the common case, at one of
+ * three SIMD levels.
  *
  * The lane is an accelerator, not a second engine. copy_pte_range() in _core.pyx offers it a run of slots; it copies from
  * the front as many entries as it can prove to be common, leaves exactly what copy_present_ptes() would have left, and
@@ -250,6 +251,13 @@ LANE_INLINE size_t lane_ends(const struct lane *l, size_t i, size_t n, size_t le
     return 1 + (i - left) / l->ptrs + (i == n && (i - left) % l->ptrs);
 }
 
+/* What is left of the table after `done` of n slots, where `left` of them were; 0 at its end. */
+LANE_INLINE size_t lane_left(const struct lane *l, size_t left, size_t done, size_t n)
+{
+    left = done < left ? left - done : (l->ptrs - (done - left) % l->ptrs) % l->ptrs;
+    return left < n - done ? left : n - done;
+}
+
 /* What all words of a folio must share with the first for lane_whole, and what none may have. */
 #define LANE_WHOLE_VALUE (LANE_KIND | LANE_BIT(VALID_BIT_) | (LANE_BIT(ORDER_BITS_) - 1) << ORDER_SHIFT_)
 #define LANE_WHOLE_MASK (LANE_WHOLE_VALUE | LANE_BIT(HUGETLB_BIT_) | LANE_HALF_COUNTER | (uint64_t)3 << (MAPCOUNT_BITS_ - 2))
@@ -387,6 +395,18 @@ static inline size_t lane_run(struct lane *l, uint64_t *src, uint64_t *dst, size
         return lane_run_avx2(l, src, dst, n, left, ahead);
 #endif
     return l->level ? lane_run_scalar(l, src, dst, n, left, ahead) : 0;
+}
+
+/* Write-protection of the front of n slots at l->level; returns how many. See lane_protect_run in _lane_simd.h. */
+static inline size_t lane_protect_run(struct lane *l, uint64_t *src, size_t n, size_t left, size_t ahead)
+{
+#if LANE_X86
+    if (l->level == LANE_AVX512)
+        return lane_protect_run_avx512(l, src, n, left, ahead);
+    if (l->level == LANE_AVX2)
+        return lane_protect_run_avx2(l, src, n, left, ahead);
+#endif
+    return l->level ? lane_protect_run_scalar(l, src, n, left, ahead) : 0;
 }
 
 /* The read-only pass over n entries: how many from the front are none or map a page of the extent. */

@@ -542,11 +542,121 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
         }
         if (!done)
             break;
-        left = done < left ? left - done : (l->ptrs - (done - left) % l->ptrs) % l->ptrs;
-        if (left > n - i - done)
-            left = n - i - done;
+        left = lane_left(l, left, done, n - i);
     }
     *shared = local;
+    return i;
+}
+
+/* Write-protection of the front of n slots, as lane_run goes through them; returns how many. */
+LANE_TARGET static size_t LANE(lane_protect_run)(struct lane *l, uint64_t *src, size_t n, size_t left, size_t ahead)
+{
+    const uint64_t sized = LANE_BIT(VALID_BIT_) | (LANE_BIT(ORDER_BITS_) - 1) << ORDER_SHIFT_;
+    uint64_t *const words = l->words + l->extent_at;
+    size_t i = 0, done, k;
+    for (; i < n; i += done) {
+        uint64_t v = src[i], w, pfn, step, flags, change;
+        size_t page, nr_pages, limit, nr, from = i;
+        int any = 0;
+        if (!left)
+            left = l->ptrs < n - i ? l->ptrs : n - i;
+        done = 1;
+        if ((v & ~l->none_ignore) == l->none_value) {
+            l->none++;
+            l->reads++;
+            left--;
+            continue;
+        }
+        if (!(v & l->present) || v & l->special)
+            break;
+        pfn = lane_pfn(l, v);
+        page = lane_page(l, pfn);
+        if (page >= l->nr_words || !(l->words[page] >> VALID_BIT_))
+            break;
+        w = l->words[page];
+        nr_pages = (size_t)1 << (w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1));
+        nr = nr_pages - (pfn & (nr_pages - 1));
+        limit = !l->batching ? 1 : nr < left ? nr : left;
+        if (page + nr < nr_pages || page + nr > l->nr_words)
+            break; /* not whole in the memmap */
+        step = lane_step(l, v);
+        if (nr_pages == 1 || !l->batching) {
+            /* LANES pages, each by itself; of what they are only the size matters, and without batching not even that. */
+            V bad = LANE(set)(0);
+            uint64_t at[LANES], seen = sized;
+            if (n - i >= LANES && v & l->valid && l->writable == l->write && l->extent_len) {
+                LANE(store)(at, LANE(shr)(LANE(lane_extent)(l, LANE(load)(src + i), &bad), X86_PFN_SHIFT));
+                if (!LANE(nonzero)(bad)) {
+                    for (k = 0; l->batching && k < LANES; k++)
+                        seen = (words[at[k]] & sized) == LANE_BIT(VALID_BIT_) ? seen : 0;
+                    if (l->prefetch && l->batching && i + LANE_AHEAD_SMALL + LANES <= ahead)
+                        for (k = 0; k < LANES; k++)
+                            LANE_PREFETCH_AT(words, ((src[i + LANE_AHEAD_SMALL + k] & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn);
+                    done = seen ? LANES : 1;
+                }
+            }
+            if (done > 1) {
+                LANE(lane_protect)(l, src + i, LANE(load)(src + i));
+            } else if (v & l->writable) {
+                src[i] = lane_wrprotect(l, v);
+                l->wrprotects++;
+                l->wrprotected++;
+            }
+            l->hist[1] += (int64_t)done;
+            l->reads += (int64_t)done;
+        } else {
+            done = LANE(lane_scan)(l, src + i, limit, v, step, &any);
+            for (k = 0; any && k < done; k++)
+                src[i + k] = lane_wrprotect(l, src[i + k]);
+            l->hist[done]++;
+            l->reads += (int64_t)done + (done < limit || (!l->clamp && limit < left));
+            l->wrprotects += any;
+            l->wrprotected += any ? (int64_t)done : 0;
+            /* Whole folios of that size behind it whose entries are all alike and like its first. */
+            flags = v & ~l->pfn_mask;
+            change = lane_wrprotect(l, v) - v;
+            if (done == nr_pages && !(left & (nr_pages - 1)) && v & l->write && v & l->valid) {
+                const size_t room = l->extent_len < nr_pages ? 0 : l->extent_len - nr_pages + 1;
+                const V lanes = LANE(ramp)(0, LANE_BIT(X86_PFN_SHIFT)), next = LANE(set)(LANES << X86_PFN_SHIFT);
+                for (i += done; i + nr_pages <= n; i += nr_pages) {
+                    const uint64_t head = src[i], at = ((head & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn;
+                    V same = LANE(add)(LANE(set)(head), lanes), differ = LANE(set)(0);
+                    uint64_t other = 0;
+                    if (at >= room || head >> X86_PFN_SHIFT & (nr_pages - 1) || (head & ~l->pfn_mask) != flags
+                        || (words[at] ^ w) & sized)
+                        break;
+                    if (l->prefetch && i + LANE_AHEAD_LARGE < ahead)
+                        LANE_PREFETCH_AT(words, ((src[i + LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn);
+                    for (k = 0; k + LANES <= nr_pages; k += LANES) {
+                        lane_stream(src + i + k, LANES);
+                        differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k), same));
+                        same = LANE(add)(same, next);
+                    }
+                    for (; k < nr_pages; k++)
+                        other |= src[i + k] ^ (head + k * step);
+                    if (other || LANE(nonzero)(differ))
+                        break;
+                    same = LANE(add)(LANE(set)(head + change), lanes);
+                    for (k = 0; k + LANES <= nr_pages; k += LANES) {
+                        LANE(store)(src + i + k, same);
+                        same = LANE(add)(same, next);
+                    }
+                    for (; k < nr_pages; k++)
+                        src[i + k] = head + change + k * step;
+                }
+                nr = (i - from) / nr_pages - 1;
+                l->hist[nr_pages] += (int64_t)nr;
+                l->reads += (int64_t)(nr * nr_pages);
+                if (!l->clamp)
+                    l->reads += (int64_t)(nr - (lane_ends(l, i - from, n - from, left) - (done == left)));
+                l->wrprotects += (int64_t)nr;
+                l->wrprotected += (int64_t)(nr * nr_pages);
+                done = i - from;
+                i = from;
+            }
+        }
+        left = lane_left(l, left, done, n - i);
+    }
     return i;
 }
 

@@ -71,7 +71,7 @@ simd_level = _level(os.environ.get("PTEBATCH_SIMD", "auto"))
 """The level the core's fast lane works at, a value of ``_core.SIMD_LEVELS``; from PTEBATCH_SIMD, and set by tests."""
 
 core_ns = 0
-"""Time spent in the core by `check_range` and `copy_page_range` so far; what a benchmark of fork counts."""
+"""Time the core took for `check_range`, `copy_page_range` and `wrprotect_range` so far, for benchmarks to read."""
 
 NO_PFN = (1 << 64) - 1
 _NO_FOLIOS = FolioTable()
@@ -148,9 +148,9 @@ def _memmap(folios: FolioTable) -> tuple[U64, U64, npt.NDArray[np.int32], npt.ND
     return folios._words, folios._aux, folios._top, folios._sub
 
 
-def _fast(folios: FolioTable, sole: bool = False) -> U64:
+def _fast(folios: FolioTable) -> U64:
     """What the fast lane has to know besides layout and rules, in the order `_core.lane_memmap` reads it."""
-    return np.array([simd_level, *folios.extent(), sole], dtype=np.uint64)
+    return np.array([simd_level, *folios.extent()], dtype=np.uint64)
 
 
 def _raise(code: int, layout: PteLayout, entry: int, address: int | None, pfn: int) -> NoReturn:
@@ -420,17 +420,19 @@ def wrprotect_range(
     checks.check_stats(stats, mm.layout)
     checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), True)
     checks.check_no_overlap(entries=mm.entries, stats=stats)
-    layout = configured(mm.layout, semantics)
+    layout, fast = configured(mm.layout, semantics), _fast(mm.folios)
     shift = layout.page_shift
+    global core_ns
     for vma in mm.vmas:
         low, high = max(start, vma.start), min(end, vma.end)
         if low >= high:
             continue
         first, last = mm.rows(low, high)
-        ret, vpn = _core.py_wrprotect_range(
+        ret, vpn, took = _core.py_wrprotect_range(
             mm.entries, mm.vpns, first, last - first, low >> shift, high >> shift, batching, semantics.fpb_clamp,
-            _layout_words(layout), *_memmap(mm.folios), stats,
+            _layout_words(layout), *_memmap(mm.folios), stats, fast,
         )  # fmt: skip
+        core_ns += took
         if ret:
             entry = mm.pte(vpn << shift)
             _raise(ret, layout, entry, vpn << shift, arch.pte_pfn(layout, entry))

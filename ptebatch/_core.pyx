@@ -1122,8 +1122,8 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
                                       Py_ssize_t *at, Py_ssize_t end, const pte_layout *L, const copy_rules *R,
                                       const memmap *M, swap_map *S, batch_scan *B, const uint64_t[::1] pool,
                                       Py_ssize_t *used, walk *W) except -1 nogil:
-    """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it; it may come to lie in a later
-    table, counted from the start of this one."""
+    """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it; it may come to lie in a
+    later table, counted from the start of this one."""
     cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until, room, ran, retry = at[0], patience = 1
     cdef uint64_t pte, type
     while idx < end:
@@ -1131,8 +1131,8 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
         if W.fast.level and idx >= retry and (pte_present(L, pte) or pte_none(L, pte)):
             room = W.end - srow * src.shape[1] - idx
             # Further tables only where none of them can lack memory.
-            ran = lane_run(W.fast, &src[srow, idx], &dst[drow, idx], room if W.allocations > room else end - idx, end - idx,
-                           room)
+            max_nr = room if W.allocations > room else end - idx
+            ran = lane_run(W.fast, &src[srow, idx], &dst[drow, idx], max_nr, end - idx, room)
             idx += ran
             if idx >= end:
                 break
@@ -1262,8 +1262,8 @@ cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row,
 cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t *at, Py_ssize_t end,
                                        Py_ssize_t room, bint batching, const pte_layout *L, const memmap *M,
                                        batch_scan *B, lane *F, int64_t *stats) except -1 nogil:
-    """Write-protect present entries idx..end, one at a time or batch by batch. Non-present entries are passed over. As in
-    copy_pte_range(), at[0] may come to lie in a later table, at most `room` slots from the start of this one."""
+    """Write-protect present entries idx..end, one at a time or batch by batch. Non-present entries are passed over. As
+    in copy_pte_range(), at[0] may come to lie in a later table, at most `room` slots from the start of this one."""
     cdef Py_ssize_t idx = at[0], nr, page, head, ran, retry = at[0], patience = 1
     cdef uint64_t pte, pfn, w
     cdef bint write
@@ -1912,7 +1912,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
             ret = copy_pte_range(dst, dst_row + row, src, src_row + row, &at, stop, &L, &R, &M, &S, &B, pool, &used, &W)
             if ret:
                 break
-            if at <= stop:
+            if at <= ptrs:
                 at = 0
                 row += 1
                 continue
@@ -1963,8 +1963,8 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
             if ret:
                 where = vpns[row] + at
                 break
-            row += at // slots if at > stop else 1
-            at = at % slots if at > stop else 0
+            row += at // slots if at > slots else 1
+            at = at % slots if at > slots else 0
         took = now_ns() - took
     return ret, where, fail_pfn, took
 
@@ -2005,8 +2005,8 @@ def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns 
             if ret:
                 where = vpns[row] + at
                 break
-            row += at // slots if at > stop else 1
-            at = at % slots if at > stop else 0
+            row += at // slots if at > slots else 1
+            at = at % slots if at > slots else 0
         stats[S_PTES_NONE] += F.none
         stats[S_PTEP_GET] += F.reads
         stats[S_WRPROTECT_PTES] += F.wrprotects

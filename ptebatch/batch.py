@@ -341,7 +341,7 @@ def _copy(
             swap.know(swap_keys(ctx.layout, ahead, ctx.semantics))
             pool = pool[state[2] :]
         elif ret == _core.RESULTS["E_PREALLOC"]:
-            pool = ctx.folios.reserve(max(MIN_POOL, 2 * len(pool)))
+            pool = ctx.folios.reserve(max(MIN_POOL, 8 * len(pool)))
         else:
             break
         state[2] = 0

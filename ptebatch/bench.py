@@ -782,7 +782,7 @@ def _with_targets(found: list[Row]) -> list[Row]:
             if row["path"] == "batched" or order == 0:
                 row["must"], row["aim"] = TARGETS.get((size, order), (None, None))
         elif row["source"] not in ("limit", "pool"):
-            row["x_core"] = ns / batched
+            row["x_core"] = ns / core["batched"]["call_ns_per_pte"]  # both with the Python around them
             of_source: dict[int, float] = PEER_TARGETS.get(row["source"], {})
             row["must_x_core"] = of_source.get(order) if size == GIB else None
     if found[0]["order"] == 0:

@@ -36,10 +36,10 @@ def copy(array: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Scalar]) -> npt.NDArray[Scalar]:
     nr = math.prod(shape)
-    area = _huge_pages(nr * dtype.itemsize)
+    area: Any = _huge_pages(nr * dtype.itemsize)
     if area is None:
         room = np.zeros(nr * dtype.itemsize + LINE, dtype=np.uint8)
-        area = memoryview(room)[-room.ctypes.data % LINE :]
+        area = room[-room.ctypes.data % LINE :]
     return np.frombuffer(area, dtype=dtype, count=nr).reshape(shape)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from test_differential import BATCHING, check_fork, check_wrprotect_range
 from test_differential import EXAMPLES as DIFFERENTIAL
 
 from ptebatch import _core, batch
+from ptebatch.arch import VM_READ, VM_WRITE, pte_modify, pte_pfn, vm_get_page_prot
 from ptebatch.arch import X86_64 as L
-from ptebatch.arch import pte_pfn
 from ptebatch.errors import PfnError
 from ptebatch.folio import FolioTable
-from ptebatch.fork import fork
+from ptebatch.fork import ForkResult, fork
 from ptebatch.mm import Mm, Vma, account, copy_state, digest
-from ptebatch.semantics import LATEST, V6_9, V6_12
+from ptebatch.protect import wrprotect_range
+from ptebatch.semantics import LATEST, V6_6, V6_9, V6_12, KernelSemantics
 from ptebatch.workload import Workload
 
 EXAMPLES = max(60, DIFFERENTIAL // 20)
@@ -58,15 +60,53 @@ WORKLOADS = {
 }
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_workload(level, name):
-    """Whole tables of every kind of memory, so that every loop of the lane meets full vectors."""
-    mm = Workload(size=6 << 20, **WORKLOADS[name]).build()
-    one, two = copy_state(mm), copy_state(mm)
-    got, expected = fork(one), fork(two, impl="reference")
+RUNS = [(V6_6, False), (V6_9, True), (LATEST, True), (LATEST, False)]
+
+
+@cache
+def memory(name: str) -> Mm:
+    """Whole tables of every kind of memory, so that every loop of the lane meets full vectors and table ends."""
+    mm = Workload(size=6 << 20, **WORKLOADS[name.removesuffix(", PROT_NONE")]).build()
+    if name.endswith(", PROT_NONE"):
+        for vma in mm.vmas:
+            vma.vm_flags &= ~(VM_READ | VM_WRITE)
+        flat = mm.entries.reshape(-1)
+        for at in np.flatnonzero(flat & np.uint64(L.present_mask)).tolist():
+            flat[at] = pte_modify(L, int(flat[at]), vm_get_page_prot(L, mm.vmas[0].vm_flags))
+    return mm
+
+
+@cache
+def expected_fork(name: str, semantics: KernelSemantics, batching: bool) -> tuple[Mm, ForkResult]:
+    mm = copy_state(memory(name))
+    return mm, fork(mm, semantics=semantics, batching=batching, impl="reference")
+
+
+@cache
+def expected_wrprotect(name: str, semantics: KernelSemantics, batching: bool, cut: int) -> tuple[Mm, dict]:
+    mm = copy_state(memory(name))
+    return mm, wrprotect(mm, semantics, batching, cut, "reference")
+
+
+def wrprotect(mm: Mm, semantics: KernelSemantics, batching: bool, cut: int, impl: str) -> dict:
+    start, end = mm.vmas[0].start + cut * 4096, mm.vmas[-1].end - 3 * cut * 4096
+    return wrprotect_range(mm, start, end, semantics=semantics, batching=batching, impl=impl).to_dict()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0].version} {'batched' if run[1] else 'single'}")
+@pytest.mark.parametrize("name", [*WORKLOADS, "order 1, PROT_NONE", "order 3, PROT_NONE", "large, PROT_NONE"])
+def test_workload(level, name, run):
+    one = copy_state(memory(name))
+    two, expected = expected_fork(name, *run)
+    got = fork(one, semantics=run[0], batching=run[1])
     assert got.stats.to_dict() == expected.stats.to_dict()
-    assert digest([one, got.child], one.folios, LATEST) == digest([two, expected.child], two.folios, LATEST)
+    assert digest([one, got.child], one.folios, run[0]) == digest([two, expected.child], two.folios, run[0])
     assert one.folios == two.folios
+    for cut in (0, 13):
+        one = copy_state(memory(name))
+        two, stats = expected_wrprotect(name, *run, cut)
+        assert wrprotect(one, *run, cut, "core") == stats
+        assert np.array_equal(one.entries, two.entries)
 
 
 @pytest.mark.parametrize("where", ["zero", "first", "last", "before the extent", "behind the extent", "far behind"])
@@ -158,13 +198,13 @@ def test_level_is_checked():
     """A level this CPU does not have never reaches an instruction it does not know."""
     mm = Workload(size=2 << 20).build()
     layout, memmap = batch._layout_words(mm.layout), batch._memmap(mm.folios)
-    for fast in ([9, 0, 0, 0, 0], [1, 0, 0]):
+    for fast in ([9, 0, 0, 0], [1, 0, 0]):
         with pytest.raises(ValueError, match="SIMD level"):
             _core.py_check_range(
                 mm.entries, mm.vpns, 0, 1, 0, 512, layout, *memmap, False, 0, 0, np.array(fast, dtype=np.uint64)
             )
     # An extent that is a lie is cut to the storage, and what it says of pages is not believed when they are written.
-    lie = np.array([1, 0, 1 << 40, 0, 0], dtype=np.uint64)
+    lie = np.array([1, 0, 1 << 40, 0], dtype=np.uint64)
     assert _core.py_check_range(mm.entries, mm.vpns, 0, 1, 0, 512, layout, *memmap, False, 0, 0, lie)[0] in (
         0, _core.RESULTS["E_NO_PAGE"],
     )  # fmt: skip

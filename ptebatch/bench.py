@@ -1,8 +1,8 @@
 """Measuring: how long the copy takes, beside the streaming limit, the naive loop and other peers.
 
 What is timed is the pass over the PFNs and the walk of all page tables, by the core's own clock, into page tables that
-exist and have been touched, from a parent that is fresh in every round. Bringing it back to before the fork is not timed;
-what Python takes around the core shows in ``call_ns_per_pte``, the whole of `ForkPlan.run`.
+exist and have been touched, from a parent that is fresh in every round. Bringing it back to before the fork is not
+timed; what Python takes around the core shows in ``call_ns_per_pte``, the whole of `ForkPlan.run`.
 
 The yardstick is the streaming limit of the same round: ``src &= ~RW; dst = src & ~A`` over as many entries, in the
 fastest of three variants. All cases take turns within a round, each begins as often as any other, and what runs before

@@ -1989,7 +1989,7 @@ def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns 
         scan_rules(&L, &B, False, False, False)
         B.clamp = clamp
         lane_entries(&F, &L)
-        F.clear = B.norm.clear
+        F.clear = ~B.norm.keep
         F.clamp = clamp
         F.batching = batching
         F.ptrs = slots

@@ -67,6 +67,9 @@ def _level(name: str) -> int:
     return int(_core.SIMD_LEVELS[name])
 
 
+SIMD_SUPPORTED: tuple[str, ...] = tuple(_core.SIMD_SUPPORTED)
+"""The SIMD levels of this CPU."""
+
 simd_level = _level(os.environ.get("PTEBATCH_SIMD", "auto"))
 """The level the core's fast lane works at, a value of ``_core.SIMD_LEVELS``; from PTEBATCH_SIMD, and set by tests."""
 

@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
@@ -41,8 +41,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import numpy.typing as npt
 
-from ptebatch import bench, gate_worker, semantics, workload
+from ptebatch import batch, bench, gate_worker, semantics, workload
 from ptebatch.errors import ArgumentError, StateError
 from ptebatch.gate_worker import Case
 
@@ -352,7 +353,7 @@ def compare_instructions(
 
 
 def _levels_under_valgrind() -> tuple[str, ...]:
-    return CALLGRIND_LEVELS[:1]  # the core has no other code yet
+    return tuple(level for level in CALLGRIND_LEVELS if level in batch.SIMD_SUPPORTED)
 
 
 def check_instructions(baselines: Path = BASELINES, progress: Progress = lambda done, total: None) -> Level:
@@ -421,27 +422,31 @@ class Profile:
     interpreters : int
         Started on each side, one pair after the other.
     processes : int
-        Forked by each of them, the pair taking turns: base, head, head, base. Each gives one time for each case.
+        Forked by each of them. All processes of a pair are there at the same time and take turns.
     rounds : int
-        Runs of each case in a process; the shortest counts.
+        Turns of each process.
+    runs : int
+        Runs of each case in a turn; the shortest counts.
     """
 
     cases: tuple[str, ...]
     interpreters: int
     processes: int
     rounds: int
+    runs: int
 
 
-FULL = Profile(CASES["time"], interpreters=12, processes=2, rounds=15)
+FULL = Profile(CASES["time"], interpreters=4, processes=6, rounds=8, runs=3)
 FAST = Profile(
     (
-        f"fork batched v6.18 size=512MiB,{_PLAIN[0]}",
-        f"fork batched v6.18 size=1GiB,{_PLAIN[2]}",
-        f"wrprotect batched v6.18 size=512MiB,{_PLAIN[2]}",
+        f"fork batched v6.18 size=256MiB,{_PLAIN[0]}",
+        f"fork batched v6.18 size=512MiB,{_PLAIN[2]}",
+        f"wrprotect batched v6.18 size=256MiB,{_PLAIN[2]}",
     ),
     interpreters=3,
     processes=8,
-    rounds=5,
+    rounds=6,
+    runs=2,
 )
 """For `self_test`."""
 
@@ -462,32 +467,36 @@ def compare_times(base: Sequence[float], head: Sequence[float], *, ratio_floor: 
     base, head : sequence of float
         Times of runs in ns, one for each process.
     ratio_floor : float
-        The least ratio of medians that counts.
+        The least ratio that counts.
 
     Returns
     -------
     dict
-        ``p`` of the one-sided Mann-Whitney test, ``ratio`` and ``difference_ns`` of the medians, ``slower``: all three
-        say so.
+        ``p`` of the one-sided Mann-Whitney test; ``ratio``, the median of those of each head to each base, and what it
+        makes in ``difference_ns``; ``slower``: all three say so.
     """
     from scipy.stats import mannwhitneyu
 
-    before, after = float(np.median(base)), float(np.median(head))
+    ratio = float(np.median(np.divide.outer(np.asarray(head), np.asarray(base))))
+    difference = (ratio - 1) * float(np.median(base))
     p = float(mannwhitneyu(head, base, alternative="greater").pvalue)
-    ratio, difference = after / before, after - before
     slower = p < P_VALUE and ratio >= ratio_floor and difference >= FLOOR_NS
     return {"p": p, "ratio": ratio, "difference_ns": difference, "slower": slower}
 
 
 def take_turns(
     base: Side, head: Side, profile: Profile, cases: Sequence[str], progress: Progress = lambda done, total: None
-) -> tuple[dict[str, tuple[list[int], list[int]]], dict[str, str]]:
-    """Time cases on both sides in ABBA order.
+) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, str]]:
+    """Time cases on both sides, their processes in turns: base, head, head, base.
+
+    A machine is faster now and slower then, by more than what is looked for; but all processes of a round meet much
+    the same machine. So each time is taken relative to the median of its round, both sides together, and a process's
+    time is the median of these over its rounds.
 
     Returns
     -------
-    times : dict of str to (list of int, list of int)
-        For each case that both sides can run, the times of base and head in ns.
+    times : dict of str to (list of float, list of float)
+        For each case that both sides can run, a time for each process of base and head, in ns.
     missing : dict of str to str
         Why the base cannot run the others.
 
@@ -496,26 +505,50 @@ def take_turns(
     StateError
         The head cannot run a case.
     """
-    times: dict[str, tuple[list[int], list[int]]] = {name: ([], []) for name in cases}
     missing: dict[str, str] = {}
-    total = profile.interpreters * profile.processes
+    # Of each pair of interpreters, by [round, side, process].
+    blocks: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in cases}
+    rounds, total = profile.rounds + 1, profile.interpreters * (profile.rounds + 1)  # the first touches the memory
     for number in range(profile.interpreters):
-        request = {"mode": "time", "rounds": profile.rounds, "cases": [name for name in cases if name not in missing]}
-        sides = [base, head] if number % 2 == 0 else [head, base]
+        request = {
+            "mode": "time", "processes": profile.processes, "runs": profile.runs,
+            "cases": [name for name in cases if name not in missing],
+        }  # fmt: skip
+        sides = (base, head)
+        order = (0, 1) if number % 2 == 0 else (1, 0)
         with ExitStack() as stack:
             workers = {
-                id(side): stack.enter_context(_Worker({**request, "scale": dict(side.scale)}, path=side.path))
-                for side in sides
+                at: stack.enter_context(_Worker({**request, "scale": dict(sides[at].scale)}, path=sides[at].path))
+                for at in order
             }
-            if workers[id(head)].missing:
-                raise StateError("; ".join(f"{name}: {why}" for name, why in workers[id(head)].missing.items()))
-            missing |= workers[id(base)].missing
-            for turn in range(profile.processes):
-                for side in sides if turn % 2 == 0 else sides[::-1]:
-                    for name, took in workers[id(side)].answer("\n")["times_ns"].items():
-                        times[name][side is head].append(took)
-                progress(number * profile.processes + turn + 1, total)
-    return {name: pair for name, pair in times.items() if name not in missing}, missing
+            if workers[1].missing:
+                raise StateError("; ".join(f"{name}: {why}" for name, why in workers[1].missing.items()))
+            missing |= workers[0].missing
+            times = {name: np.zeros((rounds, 2, profile.processes)) for name in cases if name not in missing}
+            for turn in range(rounds):
+                for process in range(profile.processes):
+                    for at in order if (turn + process) % 2 == 0 else order[::-1]:
+                        answer = workers[at].answer(f"{process}\n")["times_ns"]
+                        for name, took in times.items():
+                            took[turn, at, process] = answer[name]
+                progress(number * rounds + turn + 1, total)
+        for name, took in times.items():
+            blocks[name].append(took[1:])
+    return {name: _levelled(pairs) for name, pairs in blocks.items() if name not in missing}, missing
+
+
+def _levelled(blocks: Sequence[npt.NDArray[np.float64]]) -> tuple[list[float], list[float]]:
+    """Times of processes, the machine's ups and downs taken out, from those of all rounds.
+
+    >>> slow, fast = np.array([[1.0, 1.0], [1.1, 1.1]]), np.array([[2.0, 2.0], [2.2, 2.2]])
+    >>> _levelled([np.stack([slow, fast, slow])])
+    ([1.0, 1.0], [1.1, 1.1])
+    """
+    middle = [np.median(block, axis=(1, 2)) for block in blocks]  # of each round
+    level = float(np.median(np.concatenate(middle)))
+    sides = [np.median(block / typical[:, None, None], axis=0) for block, typical in zip(blocks, middle, strict=True)]
+    base, head = level * np.concatenate(sides, axis=1)
+    return base.tolist(), head.tolist()
 
 
 Measured = Mapping[str, tuple[Sequence[float], Sequence[float]]]
@@ -781,10 +814,11 @@ def _read_state(state: Path | None, about: Mapping[str, Any]) -> dict[tuple[int,
 
 
 def _shares(profile: Profile) -> dict[str, float]:
-    """Measure what share of a run of each case grows with its memory, by one with half as much again."""
-    more = 1.5
-    times, _ = take_turns(Side(), Side(scale=dict.fromkeys(profile.cases, more)), profile, profile.cases)
-    grown = {name: min(head) / min(base) - 1 for name, (base, head) in times.items()}
+    """Measure what share of a run of each case grows with its memory, by one with a fifth more."""
+    more = 1.2
+    careful = replace(profile, interpreters=3 * profile.interpreters)
+    times, _ = take_turns(Side(), Side(scale=dict.fromkeys(profile.cases, more)), careful, profile.cases)
+    grown = {name: float(np.median(head) / np.median(base)) - 1 for name, (base, head) in times.items()}
     return {name: min(max(growth / (more - 1), 0.5), 1.0) for name, growth in grown.items()}
 
 

@@ -10,6 +10,7 @@ import functools
 import gc
 import json
 import os
+import random
 import sys
 import time
 from collections import Counter
@@ -17,7 +18,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import numpy as np
+    import numpy.typing as npt
 
     from ptebatch.mm import Mm
     from ptebatch.semantics import KernelSemantics
@@ -82,10 +86,12 @@ class Prepared:
     mms: tuple[Mm, ...]
 
 
-def _fork(mm: Mm, semantics: KernelSemantics, batching: bool) -> Prepared:
+def _fork(mm: Mm, semantics: KernelSemantics, batching: bool, scatter: bool = False) -> Prepared:
     from ptebatch.fork import ForkPlan
 
     plan = ForkPlan(mm, semantics=semantics, batching=batching, keep=True)
+    if scatter:
+        plan.child.entries = _elsewhere(plan.child.entries)
     return Prepared(lambda: [plan.run()], plan.reset, (mm, plan.child))
 
 
@@ -103,34 +109,54 @@ def _range(function: Callable[..., Any], mm: Mm, semantics: KernelSemantics, bat
     return Prepared(run, reset, (mm,))
 
 
-def _wrprotect(mm: Mm, semantics: KernelSemantics, batching: bool) -> Prepared:
+def _wrprotect(mm: Mm, semantics: KernelSemantics, batching: bool, scatter: bool = False) -> Prepared:
     from ptebatch.protect import wrprotect_range
 
     return _range(wrprotect_range, mm, semantics, batching)
 
 
-def _zap(mm: Mm, semantics: KernelSemantics, batching: bool) -> Prepared:
+def _zap(mm: Mm, semantics: KernelSemantics, batching: bool, scatter: bool = False) -> Prepared:
     from ptebatch.zap import zap_range
 
     return _range(zap_range, mm, semantics, batching)
 
 
-OPERATIONS: dict[str, Callable[[Mm, KernelSemantics, bool], Prepared]] = {
+OPERATIONS: dict[str, Callable[..., Prepared]] = {
     "fork": _fork,
     "wrprotect": _wrprotect,
     "zap": _zap,
 }
 
 
-def prepare(case: Case, scale: float = 1.0) -> Prepared:
-    """Make the memory of a case, `scale` times as much as it says."""
+def _elsewhere(array: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Copy an array to where in a page it would be by chance."""
+    import numpy as np
+
+    page = 4096
+    room = np.empty(array.nbytes + 2 * page, dtype=np.uint8)
+    at = -room.ctypes.data % page + random.randrange(0, page, 16)  # as malloc aligns
+    copy = room[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def prepare(case: Case, scale: float = 1.0, *, scatter: bool = False) -> Prepared:
+    """Make the memory of a case, `scale` times as much as it says.
+
+    How the tables of parent and child lie to each other, and to the memmap, makes more of a difference than what the
+    gate looks for, and is the same in every process of a program, but another in a program that did anything else
+    before. With `scatter` it is left to chance.
+    """
     import dataclasses
 
     from ptebatch import semantics, workload
 
     wanted = workload.parse(case.workload)
     wanted = dataclasses.replace(wanted, size=round(wanted.size * scale) // workload.PAGE * workload.PAGE)
-    return OPERATIONS[case.operation](wanted.build(), semantics.get(case.semantics), PATHS[case.path])
+    mm = wanted.build()
+    if scatter:
+        mm.entries = _elsewhere(mm.entries)
+    return OPERATIONS[case.operation](mm, semantics.get(case.semantics), PATHS[case.path], scatter)
 
 
 def counts(case: Case) -> dict[str, int]:
@@ -184,32 +210,64 @@ def _once(case: Prepared) -> None:
     case.run()
 
 
-def _times(prepared: dict[str, Prepared], rounds: int) -> dict[str, int]:
-    """Return for each case the shortest of `rounds` runs, in ns; cases take turns, a round before that warms up."""
-    best = dict.fromkeys(prepared, 1 << 62)
-    for number in range(-1, rounds):
-        for name, case in prepared.items():
+class _Process:
+    """A fork of this one that makes the memory of all cases for itself, and takes their times when it is asked to."""
+
+    def __init__(self, cases: Mapping[str, float], runs: int, others: Sequence[_Process]) -> None:
+        asked, self._ask = os.pipe()
+        answers, answer = os.pipe()
+        if not os.fork():
+            try:
+                for fd in (self._ask, answers, *(fd for other in others for fd in other.pipes())):
+                    os.close(fd)  # whoever keeps the other end of a pipe open keeps its reader waiting
+                prepared = {name: prepare(Case.parse(name), scale, scatter=True) for name, scale in cases.items()}
+                while os.read(asked, 1):
+                    os.write(answer, json.dumps(_times(prepared, runs)).encode() + b"\n")
+            finally:
+                os._exit(0)
+        os.close(asked)
+        os.close(answer)
+        self._answers = os.fdopen(answers)
+
+    def pipes(self) -> tuple[int, int]:
+        return self._ask, self._answers.fileno()
+
+    def times(self) -> dict[str, int]:
+        os.write(self._ask, b"\n")
+        line = self._answers.readline()
+        if not line:
+            raise SystemExit("a process that takes times died")
+        return dict(json.loads(line))
+
+
+def _times(prepared: Mapping[str, Prepared], runs: int) -> dict[str, int]:
+    """Return how long the shortest of `runs` runs of each case took, in ns; one before that finds its memory again."""
+    shortest = {}
+    for name, case in prepared.items():
+        found = []
+        for _ in range(runs + 1):
             case.reset()
             begin = time.perf_counter_ns()
             case.run()
-            took = time.perf_counter_ns() - begin
-            if number >= 0:
-                best[name] = min(best[name], took)
-    return best
+            found.append(time.perf_counter_ns() - begin)
+        shortest[name] = min(found[1:])
+    return shortest
 
 
 def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a line for each process, after one that says which of the ``cases`` are ``missing`` here and why.
 
-    In ``mode`` ``run`` each case is run in a process. In ``mode`` ``time`` every line on stdin asks for a process that
-    takes the time of all cases, the shortest of ``rounds`` runs. ``scale`` is how much more memory a case has.
+    In ``mode`` ``run`` each case is run in a process. In ``mode`` ``time`` there are ``processes``, and every line on
+    stdin is the number of one that is to take the time of all cases, the shortest of ``runs`` runs. ``scale`` is how
+    much more memory a case has.
     """
     gc.disable()
+    scales = {name: request.get("scale", {}).get(name, 1.0) for name in request["cases"]}
     prepared: dict[str, Prepared] = {}
     missing: dict[str, str] = {}
-    for name in request["cases"]:
+    for name, scale in scales.items():
         try:
-            prepared[name] = prepare(Case.parse(name), request.get("scale", {}).get(name, 1.0))
+            prepared[name] = prepare(Case.parse(name), scale)
         except Exception as error:  # whatever another version says of what it does not know
             missing[name] = f"{type(error).__name__}: {error}"
     yield {"missing": missing}
@@ -217,8 +275,13 @@ def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for name, case in prepared.items():
             yield {"case": name, "pid": _in_child(functools.partial(_once, case))[0]}
     else:
-        for _ in sys.stdin:
-            yield {"times_ns": _in_child(functools.partial(_times, prepared, request["rounds"]))[1]}
+        scales = {name: scales[name] for name in prepared}
+        prepared.clear()
+        processes: list[_Process] = []
+        for _ in range(request["processes"]):
+            processes.append(_Process(scales, request["runs"], processes))
+        for line in sys.stdin:
+            yield {"times_ns": processes[int(line)].times()}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ptebatch.mm import Mm, Vma, account, configured, swap_types
 from ptebatch.semantics import PRESETS, KernelSemantics
 
 # Lengths of areas: most are short, so that a plain-Python implementation gets through many.
-LENGTHS = (*range(1, 9), *range(1, 9), *range(1, 5), 12, 36)
+LENGTHS = (*range(1, 7), *range(1, 7), *range(1, 4), 10, 30)
 PRIVATE = arch.VM_READ | arch.VM_WRITE | arch.VM_MAYREAD | arch.VM_MAYWRITE
 # Private and writable, private and read-only, shared, private that can never be written.
 VM_FLAGS = (

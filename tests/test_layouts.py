@@ -74,7 +74,7 @@ def test_core_is_the_reference(name):
         copied += compare(mm, made.semantics, batching, seed % 3)
         cases += len(mm.vmas)
     assert cases == CASES
-    assert copied > 3 * CASES, "the cases copy too little to say much"
+    assert copied > 2 * CASES, "the cases copy too little to say much"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)

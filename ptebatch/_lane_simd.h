@@ -196,10 +196,14 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         int any;
         if (at >= room || pfn & (pages - 1) || (head ^ v) & hard)
             break;
+        flags = lane_wrprotect(l, head) & ~l->clear;
+        if ((lane_wrprotect(l, src[i + 1]) & ~l->clear) != flags + step
+            || (lane_wrprotect(l, src[i + pages - 1]) & ~l->clear) != flags + (pages - 1) * step)
+            break; /* where batches are short, this mostly tells */
         w = words[at];
         exclusive = (w >> ANON_BIT_ & 1) << AE_BIT_;
         value = LANE(set)((w & LANE_KIND) | order << ORDER_SHIFT_ | LANE_BIT(VALID_BIT_));
-        normal = LANE(set)(lane_wrprotect(l, head) & ~l->clear);
+        normal = LANE(set)(flags);
         for (k = 0; k < pages / LANES; k++) {
             V cur = LANE(load)(src + i + k * LANES);
             wp[k] = LANE(lane_wp)(l, cur);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import cache
@@ -181,7 +182,7 @@ def test_page_removed_after_the_pass(level):
 @pytest.mark.parametrize("asked", [*_core.SIMD_SUPPORTED, "auto"])
 def test_environment(asked):
     code = "from ptebatch import batch; print(batch.simd_level)"
-    env = {"PTEBATCH_SIMD": asked}
+    env = os.environ | {"PTEBATCH_SIMD": asked}
     run = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True)
     name = _core.SIMD_SUPPORTED[-1] if asked == "auto" else asked
     assert int(run.stdout) == _core.SIMD_LEVELS[name]
@@ -189,7 +190,7 @@ def test_environment(asked):
 
 def test_environment_unknown():
     command = [sys.executable, "-P", "-c", "import ptebatch.batch"]
-    run = subprocess.run(command, env={"PTEBATCH_SIMD": "mmx"}, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, env=os.environ | {"PTEBATCH_SIMD": "mmx"}, capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert "PTEBATCH_SIMD=mmx: this CPU has off, scalar" in run.stderr
 

@@ -20,7 +20,7 @@ Order of this file: constants and structs, scalar helpers, loops, entries.
 """
 from libc.errno cimport EAGAIN, EBUSY, EIO, ENOENT, ENOMEM
 from libc.stdint cimport int32_t, int64_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 cdef extern from "<errno.h>" nogil:
     int EHWPOISON
@@ -44,15 +44,18 @@ cdef extern from * nogil:
 
 cdef extern from "_lane.h" nogil:
     enum: LANE_OFF, LANE_SCALAR, LANE_AVX2, LANE_AVX512
-    enum: X86_PFN_SHIFT, X86_WRITE_BIT, X86_SAVED_DIRTY_SHIFT
+    enum: LANE_PFN_SHIFT
     const uint64_t LANE_HALF_MAPCOUNT, LANE_HALF_COUNTER
     # The memmap word.
     enum: MAPCOUNT_BITS_, COUNTER_SHIFT_, COUNTER_BITS_, ORDER_SHIFT_, ORDER_BITS_, DEVICE_BIT_, AE_BIT_, ANON_BIT_
     enum: SWAPBACKED_BIT_, KSM_BIT_, HUGETLB_BIT_, PINNED_BIT_, HWPOISON_BIT_, VALID_BIT_
     enum: AUX_COUNT_BITS_, AUX_ID_BITS_, AUX_DIRTY_BIT_, AUX_LOCKED_BIT_, AUX_SHARED_BIT_, SECTION_SHIFT_, TOP_SHIFT_
+    struct lane_change:
+        uint64_t keep, set, mask, value, then_keep, then_set
     struct lane:
-        uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable, fold_dirty, saved_dirty
-        uint64_t clear, child_clear
+        uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable, inverted
+        lane_change wrprotect, mkwrite, norm
+        uint64_t child_keep, child_set
         int level, cow, clamp, prefetch, batching
         size_t ptrs
         uint64_t *words
@@ -1661,13 +1664,23 @@ cdef int lane_memmap(lane *F, const memmap *M, const uint64_t[::1] fast) except 
     return 0
 
 
+cdef lane_change as_change(const pte_step *step) noexcept nogil:
+    cdef lane_change c
+    c.keep = step.keep
+    c.set = step.set
+    c.mask = step.mask
+    c.value = step.value
+    c.then_keep = step.then_keep
+    c.then_set = step.then_set
+    return c
+
+
 cdef void lane_entries(lane *F, const pte_layout *L) noexcept nogil:
-    """How entries are written. The level becomes LANE_OFF where they are not what the lane's shifts are made for."""
-    cdef const pte_step *w = &L.wrprotect
-    if (L.plain != L.valid or L.present_need or L.dirty_mask or L.set_ptes_clear
-            or L.pfn_shift != X86_PFN_SHIFT or L.write != ONE << X86_WRITE_BIT
-            or ~w.keep != L.write or w.set or ~L.mkold.keep != L.young or L.mkold.set or w.then_set != L.saved_dirty
-            or L.saved_dirty and (L.saved_dirty != L.dirty << X86_SAVED_DIRTY_SHIFT or w.mask != L.dirty)):
+    """How entries are written. The level becomes LANE_OFF where the lane does not know how."""
+    cdef uint64_t pfns = L.pfn_mask >> LANE_PFN_SHIFT  # a field from there on, which carries nothing into what is above
+    if (L.pfn_shift != LANE_PFN_SHIFT or pfns & (pfns + 1) or L.plain != L.valid and ~L.plain or L.present_need
+            or not L.valid or L.valid & (L.valid - 1) or L.valid >> LANE_PFN_SHIFT or not L.valid & L.present_mask
+            or L.set_ptes_clear or L.cont or memcmp(&L.wrprotect, &L.ptep_set_wrprotect, sizeof(pte_step))):
         F.level = LANE_OFF
     F.none_value = L.none_value
     F.none_ignore = L.none_ignore
@@ -1675,10 +1688,11 @@ cdef void lane_entries(lane *F, const pte_layout *L) noexcept nogil:
     F.valid = L.valid
     F.special = L.special
     F.pfn_mask = L.pfn_mask
+    F.inverted = L.pfn_mask if L.plain == L.valid else 0
     F.write = L.write
     F.writable = L.writable
-    F.fold_dirty = L.dirty if L.saved_dirty else 0
-    F.saved_dirty = L.saved_dirty
+    F.wrprotect = as_change(&L.wrprotect)
+    F.mkwrite = as_change(&L.mkwrite)
 
 
 cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const batch_scan *B,
@@ -1688,12 +1702,9 @@ cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const ba
     # up write-protected, but elsewhere it would have to tell entry 0 from the others.
     if R.src_shadow_stack or L.writable != L.write and not R.cow or not R.dst_mm_id:
         F.level = LANE_OFF
-    F.clear = ~B.norm.keep
-    F.child_clear = L.young
-    if R.shared:
-        F.child_clear |= L.dirty | L.saved_dirty
-    if not R.dst_uffd_wp:
-        F.child_clear |= L.uffd_wp
+    F.norm = as_change(&B.norm)
+    F.child_keep = B.child_keep
+    F.child_set = B.child_set
     F.cow = R.cow != 0
     F.clamp = B.clamp
     F.small_mask = (ONE << VALID_BIT_ | ((ONE << ORDER_BITS_) - 1) << ORDER_SHIFT_ | LANE_HALF_MAPCOUNT
@@ -1989,7 +2000,7 @@ def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns 
         scan_rules(&L, &B, False, False, False)
         B.clamp = clamp
         lane_entries(&F, &L)
-        F.clear = ~B.norm.keep
+        F.norm = as_change(&B.norm)
         F.clamp = clamp
         F.batching = batching
         F.ptrs = slots

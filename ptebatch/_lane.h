@@ -77,12 +77,7 @@ enum {
     TOP_SHIFT_ = 18
 };
 
-/* x86-64 entries; lane_setup compares them with the layout. */
-enum {
-    X86_PFN_SHIFT = 12,
-    X86_WRITE_BIT = 1,
-    X86_SAVED_DIRTY_SHIFT = 52 /* from Dirty to SavedDirty */
-};
+enum { LANE_PFN_SHIFT = 12 }; /* of entries; lane_entries in _core.pyx keeps out layouts that have another */
 
 #define LANE_BIT(n) ((uint64_t)1 << (n))
 #define LANE_ONE_MAPPING (LANE_BIT(COUNTER_SHIFT_) + 1) /* of a small folio: one reference, one mapping */
@@ -106,11 +101,17 @@ LANE_INLINE void lane_stream(const uint64_t *entries, size_t n)
         LANE_PREFETCH((const void *)((uintptr_t)(entries + k) + LANE_AHEAD_STREAM * sizeof(uint64_t)));
 }
 
+/* One change of an entry; as pte_step in _core.pyx. */
+struct lane_change {
+    uint64_t keep, set, mask, value, then_keep, then_set;
+};
+
 struct lane {
     /* entries */
-    uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable, fold_dirty, saved_dirty;
-    uint64_t clear;       /* what the normaliser of folio_pte_batch() removes, besides folding Dirty into SavedDirty */
-    uint64_t child_clear; /* and what a child's entry loses */
+    uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable;
+    uint64_t inverted; /* what of a PROT_NONE entry is stored inverted: its PFN, or nothing */
+    struct lane_change wrprotect, mkwrite, norm; /* the last is the normaliser of folio_pte_batch() */
+    uint64_t child_keep, child_set;              /* of the child's entry, once it is write-protected where it has to be */
     int level, cow, clamp, prefetch, batching;
     size_t ptrs; /* entries of a table */
     /* the memmap */
@@ -142,13 +143,13 @@ LANE_INLINE int lane_rss(uint64_t w)
 
 LANE_INLINE uint64_t lane_pfn(const struct lane *l, uint64_t v)
 {
-    return ((v & l->valid ? v : ~v) & l->pfn_mask) >> X86_PFN_SHIFT;
+    return ((v & l->valid ? v : v ^ l->inverted) & l->pfn_mask) >> LANE_PFN_SHIFT;
 }
 
-/* What the next page's entry has more: modulo 2^64, because PROT_NONE entries hold their PFN inverted. */
+/* What the next page's entry has more: modulo 2^64, because PROT_NONE entries may hold their PFN inverted. */
 LANE_INLINE uint64_t lane_step(const struct lane *l, uint64_t v)
 {
-    return v & l->valid ? LANE_BIT(X86_PFN_SHIFT) : 0 - LANE_BIT(X86_PFN_SHIFT);
+    return v & l->valid || !l->inverted ? LANE_BIT(LANE_PFN_SHIFT) : 0 - LANE_BIT(LANE_PFN_SHIFT);
 }
 
 /* Index of a PFN's word, nr_words if it has none. */
@@ -168,22 +169,31 @@ LANE_INLINE size_t lane_page(const struct lane *l, uint64_t pfn)
     return at < l->nr_words ? at : l->nr_words;
 }
 
+LANE_INLINE uint64_t lane_changed(const struct lane_change *c, uint64_t v)
+{
+    uint64_t out = (v & c->keep) | c->set;
+    return (v & c->mask) == c->value ? (out & c->then_keep) | c->then_set : out;
+}
+
 LANE_INLINE uint64_t lane_wrprotect(const struct lane *l, uint64_t v)
 {
-    uint64_t d;
-    v &= ~l->write;
-    d = v & l->fold_dirty;
-    return (v ^ d) | d << X86_SAVED_DIRTY_SHIFT;
+    return lane_changed(&l->wrprotect, v);
+}
+
+/* Whether the child's entry 0 depends on no more than lane_child() asks for. What copy_present_ptes() makes writable, where
+ * another entry of the batch is, may come out of write-protection as something else than it was (arm64 before v6.18). */
+LANE_INLINE int lane_canonical(const struct lane *l, uint64_t v)
+{
+    uint64_t w = lane_changed(&l->mkwrite, v);
+    return l->cow ? lane_wrprotect(l, w) == lane_wrprotect(l, v) : !(v & l->write) || w == v;
 }
 
 /* The child's entry 0: v is the parent's, any whether the batch has a writable entry. */
 LANE_INLINE uint64_t lane_child(const struct lane *l, uint64_t v, int any)
 {
-    if (any && l->cow)
-        v = lane_wrprotect(l, v);
-    else if (any)
-        v = (v | l->write | (v & l->saved_dirty) >> X86_SAVED_DIRTY_SHIFT) & ~l->saved_dirty;
-    return v & ~l->child_clear;
+    if (any)
+        v = lane_changed(l->cow ? &l->wrprotect : &l->mkwrite, v);
+    return (v & l->child_keep) | l->child_set;
 }
 
 /* One entry that maps a small folio; w is its page's word and of the right kind. */
@@ -201,7 +211,7 @@ LANE_INLINE void lane_small(struct lane *l, uint64_t *src, uint64_t *dst, uint64
         l->wrprotects++;
         l->wrprotected++;
     }
-    *dst = v & ~l->child_clear;
+    *dst = (v & l->child_keep) | l->child_set;
 }
 
 /* Whether the lane may account more mappings of the large folio with that head; a page of it has the word w. */
@@ -279,11 +289,10 @@ LANE_INLINE uint64_t or_scalar(uint64_t a, uint64_t b) { return a | b; }
 LANE_INLINE uint64_t xor_scalar(uint64_t a, uint64_t b) { return a ^ b; }
 LANE_INLINE uint64_t add_scalar(uint64_t a, uint64_t b) { return a + b; }
 LANE_INLINE uint64_t sub_scalar(uint64_t a, uint64_t b) { return a - b; }
-LANE_INLINE uint64_t shl_scalar(uint64_t a, int n) { return a << n; }
 LANE_INLINE uint64_t shr_scalar(uint64_t a, int n) { return a >> n; }
 LANE_INLINE int nonzero_scalar(uint64_t a) { return a != 0; }
-LANE_INLINE int count_scalar(uint64_t a, int bit) { return (int)(a >> bit & 1); }
-LANE_INLINE uint64_t mask_scalar(uint64_t a, int bit) { return 0 - (a >> bit & 1); }
+LANE_INLINE int count_scalar(uint64_t a, uint64_t bit) { return (a & bit) != 0; }
+LANE_INLINE uint64_t choose_scalar(uint64_t x, uint64_t y, uint64_t a, uint64_t b) { return x == y ? a : b; }
 LANE_INLINE uint64_t fold_scalar(uint64_t a) { return a; }
 #include "_lane_simd.h"
 #undef LANE
@@ -310,16 +319,16 @@ LANE_TARGET LANE_INLINE __m256i or_avx2(__m256i a, __m256i b) { return _mm256_or
 LANE_TARGET LANE_INLINE __m256i xor_avx2(__m256i a, __m256i b) { return _mm256_xor_si256(a, b); }
 LANE_TARGET LANE_INLINE __m256i add_avx2(__m256i a, __m256i b) { return _mm256_add_epi64(a, b); }
 LANE_TARGET LANE_INLINE __m256i sub_avx2(__m256i a, __m256i b) { return _mm256_sub_epi64(a, b); }
-LANE_TARGET LANE_INLINE __m256i shl_avx2(__m256i a, int n) { return _mm256_slli_epi64(a, n); }
 LANE_TARGET LANE_INLINE __m256i shr_avx2(__m256i a, int n) { return _mm256_srli_epi64(a, n); }
 LANE_TARGET LANE_INLINE int nonzero_avx2(__m256i a) { return !_mm256_testz_si256(a, a); }
-LANE_TARGET LANE_INLINE int count_avx2(__m256i a, int bit)
+LANE_TARGET LANE_INLINE __m256i choose_avx2(__m256i x, __m256i y, __m256i a, __m256i b)
 {
-    return __builtin_popcount((unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_slli_epi64(a, 63 - bit))));
+    return _mm256_blendv_epi8(b, a, _mm256_cmpeq_epi64(x, y));
 }
-LANE_TARGET LANE_INLINE __m256i mask_avx2(__m256i a, int bit)
+LANE_TARGET LANE_INLINE int count_avx2(__m256i a, uint64_t bit)
 {
-    return _mm256_cmpgt_epi64(_mm256_setzero_si256(), _mm256_slli_epi64(a, 63 - bit));
+    const __m256i lacks = _mm256_cmpeq_epi64(_mm256_and_si256(a, _mm256_set1_epi64x((long long)bit)), _mm256_setzero_si256());
+    return 4 - __builtin_popcount((unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(lacks)));
 }
 LANE_TARGET LANE_INLINE uint64_t fold_avx2(__m256i a)
 {
@@ -351,16 +360,15 @@ LANE_TARGET LANE_INLINE __m512i or_avx512(__m512i a, __m512i b) { return _mm512_
 LANE_TARGET LANE_INLINE __m512i xor_avx512(__m512i a, __m512i b) { return _mm512_xor_si512(a, b); }
 LANE_TARGET LANE_INLINE __m512i add_avx512(__m512i a, __m512i b) { return _mm512_add_epi64(a, b); }
 LANE_TARGET LANE_INLINE __m512i sub_avx512(__m512i a, __m512i b) { return _mm512_sub_epi64(a, b); }
-LANE_TARGET LANE_INLINE __m512i shl_avx512(__m512i a, int n) { return _mm512_slli_epi64(a, (unsigned)n); }
 LANE_TARGET LANE_INLINE __m512i shr_avx512(__m512i a, int n) { return _mm512_srli_epi64(a, (unsigned)n); }
 LANE_TARGET LANE_INLINE int nonzero_avx512(__m512i a) { return _mm512_test_epi64_mask(a, a) != 0; }
-LANE_TARGET LANE_INLINE int count_avx512(__m512i a, int bit)
+LANE_TARGET LANE_INLINE __m512i choose_avx512(__m512i x, __m512i y, __m512i a, __m512i b)
 {
-    return __builtin_popcount(_mm512_test_epi64_mask(a, _mm512_set1_epi64((long long)LANE_BIT(bit))));
+    return _mm512_mask_blend_epi64(_mm512_cmpeq_epi64_mask(x, y), b, a);
 }
-LANE_TARGET LANE_INLINE __m512i mask_avx512(__m512i a, int bit)
+LANE_TARGET LANE_INLINE int count_avx512(__m512i a, uint64_t bit)
 {
-    return _mm512_srai_epi64(_mm512_slli_epi64(a, (unsigned)(63 - bit)), 63);
+    return __builtin_popcount(_mm512_test_epi64_mask(a, _mm512_set1_epi64((long long)bit)));
 }
 LANE_TARGET LANE_INLINE uint64_t fold_avx512(__m512i a) { return (uint64_t)_mm512_reduce_or_epi64(a); }
 #include "_lane_simd.h"

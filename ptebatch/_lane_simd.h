@@ -1,30 +1,26 @@
 /*
  * The lane's loops over entries, once for every SIMD level: _lane.h includes this file with LANE(name) giving a name its
  * level's suffix, LANE_TARGET the level's target attribute, LANES the entries in a vector, and the vector operations
- * load, store, set (all lanes), ramp (first, first + step, ...), and, andnot (~a & b), or, xor, add, sub, shl, shr,
- * nonzero (any lane), count (lanes with a bit set), mask (all ones in those lanes), fold (OR of all lanes).
+ * load, store, set (all lanes), ramp (first, first + step, ...), and, andnot (~a & b), or, xor, add, sub, shr,
+ * nonzero (any lane), count (lanes that have a bit), choose (x == y ? a : b in each lane), fold (OR of all lanes).
  */
 #define V LANE(vec)
 
-/* pte_wrprotect() */
-LANE_TARGET LANE_INLINE V LANE(lane_wp)(const struct lane *l, V v)
+/* One change of LANES entries, as lane_changed(). */
+LANE_TARGET LANE_INLINE V LANE(lane_change)(const struct lane_change *c, V v)
 {
-    V dirty;
-    v = LANE(andnot)(LANE(set)(l->write), v);
-    dirty = LANE(and)(v, LANE(set)(l->fold_dirty));
-    return LANE(or)(LANE(xor)(v, dirty), LANE(shl)(dirty, X86_SAVED_DIRTY_SHIFT));
+    const V out = LANE(or)(LANE(and)(v, LANE(set)(c->keep)), LANE(set)(c->set));
+    const V more = LANE(or)(LANE(and)(out, LANE(set)(c->then_keep)), LANE(set)(c->then_set));
+    return LANE(choose)(LANE(and)(v, LANE(set)(c->mask)), LANE(set)(c->value), more, out);
 }
 
 /* Write-protect those of LANES entries of a private mapping that are writable, each by itself; returns all of them. */
 LANE_TARGET LANE_INLINE V LANE(lane_protect)(struct lane *l, uint64_t *src, V v)
 {
-    const int writable = LANE(count)(v, X86_WRITE_BIT);
-    if (LANE_LIKELY(writable == LANES)) {
-        v = LANE(lane_wp)(l, v);
-        LANE(store)(src, v);
-    } else if (writable) {
-        V m = LANE(mask)(v, X86_WRITE_BIT);
-        v = LANE(or)(LANE(and)(m, LANE(lane_wp)(l, v)), LANE(andnot)(m, v));
+    const int writable = LANE(count)(v, l->write);
+    if (writable) {
+        const V write = LANE(set)(l->write), wp = LANE(lane_change)(&l->wrprotect, v);
+        v = LANE_LIKELY(writable == LANES) ? wp : LANE(choose)(LANE(and)(v, write), write, wp, v);
         LANE(store)(src, v);
     }
     l->wrprotects += writable;
@@ -32,23 +28,29 @@ LANE_TARGET LANE_INLINE V LANE(lane_protect)(struct lane *l, uint64_t *src, V v)
     return v;
 }
 
-/* Byte offsets, times 512, of the extent's words for LANES entries, that is (PFN - extent_pfn) << X86_PFN_SHIFT; *bad is
+/* The child's, of entries that are write-protected where they have to be. */
+LANE_TARGET LANE_INLINE V LANE(lane_to_child)(const struct lane *l, V v)
+{
+    return LANE(or)(LANE(and)(v, LANE(set)(l->child_keep)), LANE(set)(l->child_set));
+}
+
+/* Byte offsets, times 512, of the extent's words for LANES entries, that is (PFN - extent_pfn) << LANE_PFN_SHIFT; *bad is
  * nonzero if an entry is not present, is special, or maps a page elsewhere. Subtracting what such an entry has in common
  * with the first page of the extent leaves bits below the PFN, or a number out of range, in any other. */
 LANE_TARGET LANE_INLINE V LANE(lane_extent)(const struct lane *l, V v, V *bad)
 {
-    const uint64_t first = l->extent_pfn << X86_PFN_SHIFT | l->valid, last = (l->extent_len - 1) << X86_PFN_SHIFT;
+    const uint64_t first = l->extent_pfn << LANE_PFN_SHIFT | l->valid, last = (l->extent_len - 1) << LANE_PFN_SHIFT;
     V at = LANE(sub)(LANE(and)(v, LANE(set)(l->pfn_mask | l->valid | l->special)), LANE(set)(first));
-    *bad = LANE(and)(LANE(or)(at, LANE(sub)(LANE(set)(last), at)), LANE(set)(LANE_BIT(63) | (LANE_BIT(X86_PFN_SHIFT) - 1)));
+    *bad = LANE(and)(LANE(or)(at, LANE(sub)(LANE(set)(last), at)), LANE(set)(LANE_BIT(63) | (LANE_BIT(LANE_PFN_SHIFT) - 1)));
     return at;
 }
 
-/* Nonzero if one of LANES entries is not a PROT_NONE entry that maps a page of the extent: valid and PFN are inverted. */
+/* Nonzero if one of LANES entries is not a PROT_NONE entry that maps a page of the extent. */
 LANE_TARGET LANE_INLINE V LANE(lane_protnone)(const struct lane *l, V v)
 {
     const V protnone = LANE(set)(l->present & ~l->valid);
     V bad;
-    LANE(lane_extent)(l, LANE(xor)(v, LANE(set)(l->pfn_mask | l->valid)), &bad);
+    LANE(lane_extent)(l, LANE(xor)(v, LANE(set)(l->inverted | l->valid)), &bad);
     return LANE(or)(bad, LANE(andnot)(v, protnone));
 }
 
@@ -106,7 +108,6 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
     const uint64_t ae = w >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0, kind = w & (LANE_KIND | ae);
     const uint64_t mask = l->small_mask | LANE_KIND | ae, value = l->small_value | kind;
     const uint64_t delta = LANE_ONE_MAPPING - (kind & ae), pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
-    const V child_clear = LANE(set)(l->child_clear);
     const int cow = l->cow, prefetch = l->prefetch;
     uint64_t at[LANES];
     size_t i = 0;
@@ -119,10 +120,10 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
         lane_stream(dst + i, LANES);
         if (LANE(nonzero)(bad))
             break;
-        LANE(store)(at, LANE(shr)(place, X86_PFN_SHIFT));
+        LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
         if (prefetch && i + LANE_AHEAD_SMALL + LANES <= ahead)
             for (k = 0; k < LANES; k++) {
-                uint64_t next = ((src[i + LANE_AHEAD_SMALL + (size_t)k] & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn;
+                uint64_t next = ((src[i + LANE_AHEAD_SMALL + (size_t)k] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
                 LANE_PREFETCH_AT(words, next);
             }
         for (k = 0; k < LANES; k++) {
@@ -135,7 +136,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
             break;
         if (cow)
             v = LANE(lane_protect)(l, src + i, v);
-        LANE(store)(dst + i, LANE(andnot)(child_clear, v));
+        LANE(store)(dst + i, LANE(lane_to_child)(l, v));
         k = 0;
     }
     if (k == LANES)
@@ -145,7 +146,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
         uint64_t v = src[i];
         if (cow)
             v = lane_protect_scalar(l, src + i, v);
-        dst[i] = v & ~l->child_clear;
+        dst[i] = lane_to_child_scalar(l, v);
     }
     l->hist[1] += (int64_t)i;
     l->rss[lane_rss(kind)] += (int64_t)i;
@@ -157,7 +158,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
 LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, uint64_t clear)
 {
     V w = LANE(load)(words);
-    l->exclusive += LANE(count)(LANE(and)(w, LANE(set)(clear)), AE_BIT_);
+    l->exclusive += LANE(count)(w, clear);
     if (LANE(nonzero)(LANE(and)(w, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2)))))
         l->mapcounts |= LANE(fold)(w);
     LANE(store)(words, LANE(add)(LANE(andnot)(LANE(set)(clear), w), LANE(set)(l->page_mapcount)));
@@ -175,8 +176,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
     enum { MOST = 16 / LANES };
     const uint64_t counter = (uint64_t)pages << COUNTER_SHIFT_, pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
     const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1, hard = l->present | l->valid | l->special;
-    const uint64_t flip = v & l->valid ? 0 : pfn_mask, step = lane_step(l, v); /* the PFN of PROT_NONE entries is inverted */
-    const V mask = LANE(set)(LANE_WHOLE_MASK | l->large_mask), clear = LANE(set)(l->clear);
+    const uint64_t flip = v & l->valid ? 0 : l->inverted, step = lane_step(l, v);
+    const V mask = LANE(set)(LANE_WHOLE_MASK | l->large_mask);
     const int mm_id = l->mm_id, prefetch = l->prefetch, second = l->large_mapcount, cow = l->cow;
     uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at, first[16] = {
         counter + l->page_mapcount, (second ? counter : 0) + l->page_mapcount,
@@ -189,16 +190,16 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         ramp[k] = LANE(ramp)(k * LANES * step, step);
     while (i + pages <= n) {
         V before[MOST], after[MOST], wp[MOST], differ = LANE(set)(0), seen = LANE(set)(0), other = LANE(set)(0), value, normal;
-        uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> X86_PFN_SHIFT, at = pfn - extent_pfn, w, exclusive, child;
+        uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn, w, exclusive, child;
         uint64_t a = 0, b = 0;
         uint64_t a_after = 0, b_after = 0, flags, to_wp, nr_exclusive = 0;
         size_t from = i;
         int any;
         if (at >= room || pfn & (pages - 1) || (head ^ v) & hard)
             break;
-        flags = lane_wrprotect(l, head) & ~l->clear;
-        if ((lane_wrprotect(l, src[i + 1]) & ~l->clear) != flags + step
-            || (lane_wrprotect(l, src[i + pages - 1]) & ~l->clear) != flags + (pages - 1) * step)
+        flags = lane_changed(&l->norm, head);
+        if (lane_changed(&l->norm, src[i + 1]) != flags + step
+            || lane_changed(&l->norm, src[i + pages - 1]) != flags + (pages - 1) * step)
             break; /* where batches are short, this mostly tells */
         w = words[at];
         exclusive = (w >> ANON_BIT_ & 1) << AE_BIT_;
@@ -206,15 +207,15 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         normal = LANE(set)(flags);
         for (k = 0; k < pages / LANES; k++) {
             V cur = LANE(load)(src + i + k * LANES);
-            wp[k] = LANE(lane_wp)(l, cur);
-            differ = LANE(or)(differ, LANE(xor)(LANE(andnot)(clear, wp[k]), LANE(add)(normal, ramp[k])));
+            wp[k] = LANE(lane_change)(&l->wrprotect, cur);
+            differ = LANE(or)(differ, LANE(xor)(LANE(lane_change)(&l->norm, cur), LANE(add)(normal, ramp[k])));
             other = LANE(or)(other, LANE(xor)(cur, LANE(add)(LANE(set)(head), ramp[k])));
             seen = LANE(or)(seen, cur);
             before[k] = LANE(load)(words + at + k * LANES);
             differ = LANE(or)(differ, LANE(and)(LANE(xor)(before[k], value), mask));
         }
         any = LANE(nonzero)(LANE(and)(seen, LANE(set)(l->writable)));
-        if (LANE(nonzero)(differ) || (!cow && head & l->write && head & l->saved_dirty))
+        if (LANE(nonzero)(differ) || !lane_canonical(l, head))
             break;
         if (!l->batching && LANE(nonzero)(other))
             break;
@@ -229,7 +230,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             if (any && cow)
                 LANE(store)(src + i + k * LANES, wp[k]);
             LANE(store)(dst + i + k * LANES, LANE(add)(LANE(set)(child), ramp[k]));
-            nr_exclusive += (uint64_t)LANE(count)(LANE(and)(before[k], LANE(set)(exclusive)), AE_BIT_);
+            nr_exclusive += (uint64_t)LANE(count)(before[k], exclusive);
             after[k] = LANE(add)(LANE(andnot)(LANE(set)(exclusive), before[k]), LANE(load)(first + k * LANES));
             LANE(store)(words + at + k * LANES, after[k]);
         }
@@ -245,14 +246,14 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         for (; !LANE(nonzero)(other) && i + pages <= n; i += pages) {
             V entries[MOST];
             head = src[i];
-            pfn = ((head ^ flip) & pfn_mask) >> X86_PFN_SHIFT;
+            pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT;
             at = pfn - extent_pfn;
             if (at >= room || pfn & (pages - 1) || (head & ~pfn_mask) != flags)
                 break;
             if (mm_id && ((aux[at] ^ a) | (aux[at + 1] ^ b)))
                 break;
             if (prefetch && i + LANE_AHEAD_LARGE + 16 <= ahead) {
-                uint64_t next = (((src[i + LANE_AHEAD_LARGE] ^ flip) & pfn_mask) >> X86_PFN_SHIFT) - extent_pfn;
+                uint64_t next = (((src[i + LANE_AHEAD_LARGE] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
                 LANE_PREFETCH_AT(words, next);
                 if (pages == 16)
                     LANE_PREFETCH_AT(words, next + LANE_LINE);
@@ -303,18 +304,18 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
 LANE_TARGET LANE_INLINE size_t LANE(lane_scan)(const struct lane *l, const uint64_t *src, size_t n, uint64_t v, uint64_t step,
                                           int *any)
 {
-    uint64_t normal = lane_wrprotect(l, v) & ~l->clear, seen = 0;
+    uint64_t normal = lane_changed(&l->norm, v), seen = 0;
     V expected = LANE(ramp)(normal, step), next = LANE(set)(step * LANES), many = LANE(set)(0);
     size_t k = 0;
     for (; k + LANES <= n; k += LANES) {
         V cur = LANE(load)(src + k);
-        if (LANE(nonzero)(LANE(xor)(LANE(andnot)(LANE(set)(l->clear), LANE(lane_wp)(l, cur)), expected)))
+        if (LANE(nonzero)(LANE(xor)(LANE(lane_change)(&l->norm, cur), expected)))
             break;
         many = LANE(or)(many, cur);
         expected = LANE(add)(expected, next);
     }
     seen = LANE(fold)(many);
-    for (; k < n && (lane_wrprotect(l, src[k]) & ~l->clear) == normal + k * step; k++)
+    for (; k < n && lane_changed(&l->norm, src[k]) == normal + k * step; k++)
         seen |= src[k];
     *any = (seen & l->writable) != 0;
     return k;
@@ -329,7 +330,7 @@ LANE_TARGET LANE_INLINE void LANE(lane_rewrite)(struct lane *l, uint64_t *src, u
     size_t k = 0;
     for (; k + LANES <= n; k += LANES) {
         if (any && l->cow)
-            LANE(store)(src + k, LANE(lane_wp)(l, LANE(load)(src + k)));
+            LANE(store)(src + k, LANE(lane_change)(&l->wrprotect, LANE(load)(src + k)));
         LANE(store)(dst + k, child);
         child = LANE(add)(child, next);
         LANE(lane_pages)(l, words + k, clear);
@@ -349,9 +350,9 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
 {
     enum { MANY = 4 };
     /* Mostly all entries are like the first, and all words like the last page's. */
-    const uint64_t normal = lane_wrprotect(l, v) & ~l->clear, first = lane_child(l, v, 1), like = words[n - 1];
+    const uint64_t normal = lane_changed(&l->norm, v), first = lane_child(l, v, 1), like = words[n - 1];
     const V next = LANE(set)(step * LANES), change = LANE(set)(lane_wrprotect(l, v) - v), to_child = LANE(set)(first - v);
-    const V to_normal = LANE(set)(normal - v), ignored = LANE(set)(l->clear), one = LANE(set)(l->page_mapcount);
+    const V to_normal = LANE(set)(normal - v), one = LANE(set)(l->page_mapcount);
     const V ae = LANE(set)(clear), usual = LANE(set)(like), usually = LANE(set)((like & ~clear) + l->page_mapcount);
     const uint64_t extent = l->extent_at - l->extent_pfn;
     const int prefetch = l->prefetch;
@@ -359,7 +360,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
     V same = LANE(ramp)(v, step), exclusive = LANE(set)(0), seen = LANE(set)(like);
     size_t k = 0, lane, nr_usual = 0, j;
     if (prefetch && LANE_AHEAD_LARGE < ahead)
-        LANE_PREFETCH_AT(l->aux, ((src[LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) + extent);
+        LANE_PREFETCH_AT(l->aux, ((src[LANE_AHEAD_LARGE] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent);
     while (k + LANES <= n) {
         V cur, wp, w;
         for (; k + MANY * LANES <= n; k += MANY * LANES) {
@@ -367,7 +368,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
             lane_stream(src + k, MANY * LANES);
             lane_stream(dst + k, MANY * LANES);
             if (prefetch && k + LANE_AHEAD_LARGE < ahead) {
-                uint64_t at = ((src[k + LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) + extent;
+                uint64_t at = ((src[k + LANE_AHEAD_LARGE] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent;
                 for (j = 0; j < MANY * LANES; j += LANE_LINE)
                     LANE_PREFETCH_AT(l->words, at + j);
             }
@@ -389,8 +390,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
         if (k + LANES > n)
             break;
         cur = LANE(load)(src + k);
-        wp = LANE(lane_wp)(l, cur);
-        if (LANE(nonzero)(LANE(xor)(LANE(andnot)(ignored, wp), LANE(add)(same, to_normal))))
+        wp = LANE(lane_change)(&l->wrprotect, cur);
+        if (LANE(nonzero)(LANE(xor)(LANE(lane_change)(&l->norm, cur), LANE(add)(same, to_normal))))
             break;
         LANE(store)(src + k, wp);
         LANE(store)(dst + k, LANE(add)(same, to_child));
@@ -407,10 +408,10 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
     l->mapcounts |= LANE(fold)(seen);
     l->exclusive += like & clear ? (int64_t)(nr_usual * LANES) : 0;
     for (; k < n; k++) {
-        uint64_t wp = lane_wrprotect(l, src[k]);
-        if ((wp & ~l->clear) != normal + k * step)
+        uint64_t cur = src[k];
+        if (lane_changed(&l->norm, cur) != normal + k * step)
             break;
-        src[k] = wp;
+        src[k] = lane_wrprotect(l, cur);
         dst[k] = first + k * step;
         lane_pages_scalar(l, words + k, clear);
     }
@@ -423,7 +424,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_each)(struct lane *l, uint64_t *src, ui
                                                uint64_t v, uint64_t step, uint64_t clear)
 {
     const uint64_t which = l->pfn_mask | l->valid | l->present | l->special;
-    const V mask = LANE(set)(which), next = LANE(set)(step * LANES), child_clear = LANE(set)(l->child_clear);
+    const V mask = LANE(set)(which), next = LANE(set)(step * LANES);
     V same = LANE(ramp)(v & which, step);
     size_t k = 0;
     for (; k + LANES <= n; k += LANES) {
@@ -434,7 +435,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_each)(struct lane *l, uint64_t *src, ui
         lane_stream(dst + k, LANES);
         if (l->cow)
             cur = LANE(lane_protect)(l, src + k, cur);
-        LANE(store)(dst + k, LANE(andnot)(child_clear, cur));
+        LANE(store)(dst + k, LANE(lane_to_child)(l, cur));
         LANE(lane_pages)(l, words + k, clear);
         same = LANE(add)(same, next);
     }
@@ -442,7 +443,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_each)(struct lane *l, uint64_t *src, ui
         uint64_t cur = src[k];
         if (l->cow)
             cur = lane_protect_scalar(l, src + k, cur);
-        dst[k] = cur & ~l->child_clear;
+        dst[k] = lane_to_child_scalar(l, cur);
         lane_pages_scalar(l, words + k, clear);
     }
     return k;
@@ -489,8 +490,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
         l->hist[1] += (int64_t)nr;
         return nr;
     }
-    if (!l->cow && v & l->write && v & l->saved_dirty)
-        return 0; /* not canonical: making it writable again would change it */
+    if (!lane_canonical(l, v))
+        return 0;
     if (l->cow && v & l->writable) {
         nr = LANE(lane_fused)(l, src, dst, words, limit, ahead, v, step, clear);
     } else {
@@ -589,13 +590,13 @@ LANE_TARGET static size_t LANE(lane_protect_run)(struct lane *l, uint64_t *src, 
             V bad = LANE(set)(0);
             uint64_t at[LANES], seen = sized;
             if (n - i >= LANES && v & l->valid && l->writable == l->write && l->extent_len) {
-                LANE(store)(at, LANE(shr)(LANE(lane_extent)(l, LANE(load)(src + i), &bad), X86_PFN_SHIFT));
+                LANE(store)(at, LANE(shr)(LANE(lane_extent)(l, LANE(load)(src + i), &bad), LANE_PFN_SHIFT));
                 if (!LANE(nonzero)(bad)) {
                     for (k = 0; l->batching && k < LANES; k++)
                         seen = (words[at[k]] & sized) == LANE_BIT(VALID_BIT_) ? seen : 0;
                     if (l->prefetch && l->batching && i + LANE_AHEAD_SMALL + LANES <= ahead)
                         for (k = 0; k < LANES; k++)
-                            LANE_PREFETCH_AT(words, ((src[i + LANE_AHEAD_SMALL + k] & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn);
+                            LANE_PREFETCH_AT(words, ((src[i + LANE_AHEAD_SMALL + k] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn);
                     done = seen ? LANES : 1;
                 }
             }
@@ -621,16 +622,16 @@ LANE_TARGET static size_t LANE(lane_protect_run)(struct lane *l, uint64_t *src, 
             change = lane_wrprotect(l, v) - v;
             if (done == nr_pages && !(left & (nr_pages - 1)) && v & l->write && v & l->valid) {
                 const size_t room = l->extent_len < nr_pages ? 0 : l->extent_len - nr_pages + 1;
-                const V lanes = LANE(ramp)(0, LANE_BIT(X86_PFN_SHIFT)), next = LANE(set)(LANES << X86_PFN_SHIFT);
+                const V lanes = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT)), next = LANE(set)(LANES << LANE_PFN_SHIFT);
                 for (i += done; i + nr_pages <= n; i += nr_pages) {
-                    const uint64_t head = src[i], at = ((head & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn;
+                    const uint64_t head = src[i], at = ((head & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn;
                     V same = LANE(add)(LANE(set)(head), lanes), differ = LANE(set)(0);
                     uint64_t other = 0;
-                    if (at >= room || head >> X86_PFN_SHIFT & (nr_pages - 1) || (head & ~l->pfn_mask) != flags
+                    if (at >= room || head >> LANE_PFN_SHIFT & (nr_pages - 1) || (head & ~l->pfn_mask) != flags
                         || (words[at] ^ w) & sized)
                         break;
                     if (l->prefetch && i + LANE_AHEAD_LARGE < ahead)
-                        LANE_PREFETCH_AT(words, ((src[i + LANE_AHEAD_LARGE] & l->pfn_mask) >> X86_PFN_SHIFT) - l->extent_pfn);
+                        LANE_PREFETCH_AT(words, ((src[i + LANE_AHEAD_LARGE] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn);
                     for (k = 0; k + LANES <= nr_pages; k += LANES) {
                         lane_stream(src + i + k, LANES);
                         differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k), same));

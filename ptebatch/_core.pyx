@@ -1680,7 +1680,7 @@ cdef void lane_entries(lane *F, const pte_layout *L) noexcept nogil:
     cdef uint64_t pfns = L.pfn_mask >> LANE_PFN_SHIFT  # a field from there on, which carries nothing into what is above
     if (L.pfn_shift != LANE_PFN_SHIFT or pfns & (pfns + 1) or L.plain != L.valid and ~L.plain or L.present_need
             or not L.valid or L.valid & (L.valid - 1) or L.valid >> LANE_PFN_SHIFT or not L.valid & L.present_mask
-            or L.set_ptes_clear or L.cont or memcmp(&L.wrprotect, &L.ptep_set_wrprotect, sizeof(pte_step))):
+            or L.set_ptes_clear or memcmp(&L.wrprotect, &L.ptep_set_wrprotect, sizeof(pte_step))):
         F.level = LANE_OFF
     F.none_value = L.none_value
     F.none_ignore = L.none_ignore
@@ -1700,7 +1700,8 @@ cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const ba
     """How to copy; the level becomes LANE_OFF where the lane does not know how."""
     # A read-only dirty entry counts as writable on a CPU with shadow stacks: harmless to the lane where all of them end
     # up write-protected, but elsewhere it would have to tell entry 0 from the others.
-    if R.src_shadow_stack or L.writable != L.write and not R.cow or not R.dst_mm_id:
+    # Entries that come in blocks are folded and unfolded one block at a time.
+    if R.src_shadow_stack or L.writable != L.write and not R.cow or not R.dst_mm_id or L.cont:
         F.level = LANE_OFF
     F.norm = as_change(&B.norm)
     F.child_keep = B.child_keep
@@ -2000,6 +2001,8 @@ def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns 
         scan_rules(&L, &B, False, False, False)
         B.clamp = clamp
         lane_entries(&F, &L)
+        if L.cont:
+            F.level = LANE_OFF
         F.norm = as_change(&B.norm)
         F.clamp = clamp
         F.batching = batching

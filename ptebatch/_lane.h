@@ -7,7 +7,9 @@
  * returns where it stopped. Whatever it stops at is done by copy_present_ptes(), and the lane is offered the rest.
  * With the lane off (PTEBATCH_SIMD=off) the results are the same.
  *
- * Asked once per VMA (lane_setup in _core.pyx; the lane is off otherwise): x86 entries, no shadow-stack VMA.
+ * Asked once per VMA (lane_entries and lane_rules in _core.pyx; the lane is off otherwise): entries whose PFN begins at bit
+ * 12, whose validity is one bit and whose helpers are plain steps (x86-64, arm64-4k without contpte, loongarch64-4k); no
+ * shadow-stack VMA.
  * Asked of every entry:
  *   none                         counted and passed over
  *   present, not special         PROT_NONE included; other entries stop the lane
@@ -18,10 +20,13 @@
  *   folios of 2, 4, 8, 16 pages  lane_whole: each mapped whole by entries alike. One pass; a folio stays in registers
  *   any other batch              lane_fused where entry 0 is writable, which settles that the parent's entries change:
  *                                one pass; else lane_scan, then lane_rewrite, over entries that are in the cache by then
- *   without batching             lane_each, whatever the entries are like: their folio's counts are changed once, though
+ *   without batching             lane_whole for whole folios mapped by entries alike, else lane_each, whatever they are like;
+ *                                a folio's counts are changed once for all its entries, though
  * The first two go on for as long as the same case holds, over table ends too: what makes them fast is that no entry waits
  * for what the one before it was found to be. Where everything of a folio, or of a stretch of a larger one, is like what
  * came before, it is only compared and stored. Prefetched are the tables, and the words of the pages of entries ahead.
+ *
+ * Write-protection needs of a folio only its size: lane_protect_run.
  *
  * _lane_simd.h holds these functions once; it is included below for each level with that level's vector operations. Loops
  * that are not about many entries at once are plain C further down. Each entry is read once per pass, and a page's index

@@ -580,7 +580,7 @@ def bench_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     texts = [
         f"naive: a plain Python loop over lists{size}",
         "single, batched: one PTE at a time, batches of a folio; change: between these two",
-        "one PTE at a time has a fast lane for small folios only, batches have one for all: change exceeds a kernel's",
+        "the fast lane serves both, so change is less than a kernel's: for that see ptebatch bench --kernel-layout",
         "limit: streaming over the same entries and nothing else",
         "pool: first touch of the child's fresh tables, not part of the other times",
     ]

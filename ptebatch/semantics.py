@@ -85,7 +85,7 @@ SWITCHES: dict[str, Switch] = {
     "loongarch_wrprotect_modified": Switch(
         "CVE-2026-72043",
         "",
-        "loongarch64 keeps dirty what is write-protected (v7.2; stable v6.6.145, v6.12.97, v6.18.40)",
+        "loongarch64 keeps dirty what is write-protected (v7.2; stable v6.6.145, v6.12.97, v6.18.40, v7.1.5)",
     ),
 }
 """Every on/off switch, oldest first."""

@@ -1888,7 +1888,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     if (dst.shape[1] != ptrs or state.shape[0] != 5 or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0
             or dst_row < 0 or row < 0 or at < 0 or used < 0 or src_row + nr_rows > src.shape[0]
             or dst_row + nr_rows > dst.shape[0]
-            or vpns.shape[0] != src.shape[0]):
+            or vpns.shape[0] != src.shape[0] or nr_rows and end <= vpns[src_row + nr_rows - 1]):
         raise ValueError("rows out of range")
     W.prealloc = NO_PFN
     W.fail_pfn = NO_PFN
@@ -1960,7 +1960,8 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
     cdef int64_t where = 0, took = now_ns()
     cdef lane F
     lane_memmap(&F, &M, fast)
-    if first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]:
+    if (first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]
+            or nr_rows and end <= vpns[first_row + nr_rows - 1]):
         raise ValueError("rows out of range")
     with nogil:
         lane_entries(&F, &L)
@@ -1995,7 +1996,8 @@ def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns 
     cdef lane F
     check_stats(stats, slots)
     lane_memmap(&F, &M, fast)
-    if first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]:
+    if (first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]
+            or nr_rows and end <= vpns[first_row + nr_rows - 1]):
         raise ValueError("rows out of range")
     with nogil:
         scan_rules(&L, &B, False, False, False)

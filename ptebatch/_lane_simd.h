@@ -139,8 +139,6 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
         LANE(store)(dst + i, LANE(lane_to_child)(l, v));
         k = 0;
     }
-    if (k == LANES)
-        k = 0;
     /* The last group stopped at page k of another kind: the entries before it, whose pages are done. */
     for (; k > 0 && i < n; k--, i++) {
         uint64_t v = src[i];
@@ -164,9 +162,10 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
     LANE(store)(words, LANE(add)(LANE(andnot)(LANE(set)(clear), w), LANE(set)(l->page_mapcount)));
 }
 
-/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, the first of which is v, each mapped
- * whole by entries that form one batch, or without batching are alike. Everything of a folio stays in registers. Returns the entries copied. The first table ends after `left`
- * entries, and every further one after l->ptrs more; no folio crosses an end.
+/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, the first of which is v, each
+ * mapped whole by entries that form one batch, or without batching are alike. Everything of a folio stays in registers.
+ * Returns the entries copied. The first table ends after `left` entries, and every further one after l->ptrs more; no
+ * folio crosses an end.
  *
  * What a folio's words and entries become is worked out for one folio; those behind it that are the same but for where
  * they are (all entries like the first, all words and MM-ID slots as they were there) are only compared and stored. */

@@ -25,7 +25,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -369,11 +369,12 @@ def peer_cases(some: Iterable[Peer], mm: Mm, semantics: KernelSemantics, area: A
     StateError
         The memory is not plain, see `ptebatch.peers.flatten`.
     """
-    start, end = area or (None, None)
-    before = flatten(mm, start=start, end=end)
+    if area is not None:
+        mm = _part(mm, *area)
+    before = flatten(mm)
     plan = _plan(mm, semantics)
     plan.run()
-    after = flatten(mm, plan.child, start=start, end=end)
+    after = flatten(mm, plan.child)
     plan.reset()
 
     def case(peer: Peer) -> Case:
@@ -392,6 +393,16 @@ def peer_cases(some: Iterable[Peer], mm: Mm, semantics: KernelSemantics, area: A
         )  # fmt: skip
 
     return [case(peer) for peer in some]
+
+
+def _part(mm: Mm, start: int, end: int) -> Mm:
+    """Return a part of one VMA as memory of its own: a folio that reaches beyond it is copied only so far."""
+    vma = mm.vma_at(start)
+    assert vma is not None and end <= vma.end
+    part = replace(vma, start=start, end=end)
+    return Mm(
+        mm.layout, mm.folios, vmas=[part], vpns=mm.vpns, entries=mm.entries, has_pinned=mm.has_pinned, mm_id=mm.mm_id
+    )  # fmt: skip
 
 
 def memory_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:

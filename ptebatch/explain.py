@@ -551,7 +551,7 @@ def what_if(mm: Mm, folio_bytes: int) -> Mm:
     return other
 
 
-_COALESCED = (("arm64 contpte", 65536), ("riscv Svnapot", 65536), ("AMD PTE coalescing", 16384))
+_COALESCED = (("arm64 contpte, 4K granule", 65536), ("riscv Svnapot", 65536), ("AMD PTE coalescing", 16384))
 
 
 def eligibility(mm: Mm) -> list[dict[str, Any]]:

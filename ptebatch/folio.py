@@ -495,6 +495,7 @@ class FolioTable:
         """Take note of what the core freed."""
         if lowest_freed is None:
             return
+        self._extent = None  # what is freed may lie in it
         self._free_hint = min(self._free_hint, max(1, lowest_freed))
         for head in [head for head in self._pincounts if head not in self]:
             del self._pincounts[head]

@@ -98,6 +98,17 @@ def test_the_naive_loop_runs_on_less(monkeypatch):
     assert real["size_bytes"] <= 1 << 20
 
 
+def test_a_peer_on_part_of_a_folio():
+    """What is copied of a folio outside the area is no work of the peer's."""
+    mm = make(size="4MiB", folio="2MiB")
+    start = mm.vmas[0].start
+    for area in ((start, start + (1 << 20)), (start + (1 << 20), start + (3 << 20))):
+        (case,) = bench.peer_cases([bench.NAIVE], mm, bench.LATEST, area)
+        case.reset()
+        case.check(case.run())
+        assert case.ptes == (area[1] - area[0]) // 4096
+
+
 def test_progress_reaches_its_end():
     seen: list[tuple[int, int]] = []
     bench.run_bench(size=1 << 20, folios=(4096,), rounds=2, pid="self", progress=lambda *step: seen.append(step))

@@ -285,7 +285,7 @@ def test_what_the_hint_saves():
     assert found["counters"] == {"ptep_get": [2 * 32, 2 * 512], "contpte_reads": [2 * 512, 2 * 512 * 16]}
     rows = run_json("explain", "--arch", "arm64-4k", "--workload", "size=4MiB,folio=64KiB+16KiB")["eligible"]
     assert [(row["hardware"], row["share"]) for row in rows] == [
-        *(("arm64 contpte", 0.5), ("riscv Svnapot", 0.5), ("AMD PTE coalescing", 1.0)),
+        *(("arm64 contpte, 4K granule", 0.5), ("riscv Svnapot", 0.5), ("AMD PTE coalescing", 1.0)),
     ]
 
 

@@ -219,10 +219,10 @@ def test_eligibility(name):
             assert row["same_bytes"] == row["bytes"]
     if layout.page_size == 4096:
         assert [rows[folio, "AMD PTE coalescing"] for folio in (16, 32, 64, 256)] == [1, 1, 1, 1]
-        for hardware in ("arm64 contpte", "riscv Svnapot"):
+        for hardware in ("arm64 contpte, 4K granule", "riscv Svnapot"):
             assert [rows[folio, hardware] for folio in (16, 32, 64, 256)] == [0, 0, 1, 1]
     elif layout.page_size == 16384:
-        assert [rows[folio, "arm64 contpte"] for folio in (16, 32, 64, 256)] == [0, 0, 1, 1]
+        assert [rows[folio, "arm64 contpte, 4K granule"] for folio in (16, 32, 64, 256)] == [0, 0, 1, 1]
         assert rows[64, "AMD PTE coalescing"] is None
     else:
         assert set(rows.values()) == {None}

@@ -22,10 +22,11 @@ from ptebatch.arch import X86_64 as L
 from ptebatch.errors import PfnError
 from ptebatch.folio import FolioTable
 from ptebatch.fork import ForkResult, fork
-from ptebatch.mm import Mm, Vma, account, configured, copy_state, digest
+from ptebatch.mm import Mm, Vma, account, configured, copy_state, digest, new_stats
 from ptebatch.protect import wrprotect_range
 from ptebatch.semantics import LATEST, V6_6, V6_9, V6_12, KernelSemantics
 from ptebatch.workload import Workload
+from ptebatch.zap import exit_mmap, munmap
 
 EXAMPLES = max(60, DIFFERENTIAL // 20)
 
@@ -223,18 +224,47 @@ def test_environment_unknown():
     assert "PTEBATCH_SIMD=mmx: this CPU has off, scalar" in run.stderr
 
 
+def test_range_is_checked(level):
+    """Rows beyond the range are refused before an entry is looked at."""
+    mm = Workload(size=4 << 20).build()
+    first = int(mm.vpns[0])
+    rows = (mm.entries, mm.vpns, 0, 2, first, first + 512)
+    layout, memmap, fast = batch._layout_words(mm.layout), batch._memmap(mm.folios), batch._fast(mm.folios)
+    with pytest.raises(ValueError, match="rows out of range"):
+        _core.py_check_range(*rows, layout, *memmap, False, 0, 0, fast)
+    with pytest.raises(ValueError, match="rows out of range"):
+        _core.py_wrprotect_range(*rows, True, True, layout, *memmap, new_stats(mm.layout), fast)
+
+
+def test_a_page_freed_by_zap_is_not_in_the_extent(level):
+    """An entry that maps a page which unmapping has freed is refused before anything changes."""
+    mm = Workload(size=4 << 20).build()
+    child = fork(mm).child
+    exit_mmap(child)
+    stale = int(mm.entries[1, 5])
+    munmap(mm, mm.vmas[0].start + (2 << 20), mm.vmas[0].end)
+    assert pte_pfn(L, stale) not in mm.folios
+    mm.entries[0, 300] = np.uint64(stale)
+    before = copy_state(mm)
+    with pytest.raises(PfnError):
+        fork(mm)
+    assert np.array_equal(mm.entries, before.entries)
+    assert mm.folios == before.folios
+
+
 def test_level_is_checked():
     """A level this CPU does not have never reaches an instruction it does not know."""
     mm = Workload(size=2 << 20).build()
     layout, memmap = batch._layout_words(mm.layout), batch._memmap(mm.folios)
+    first = int(mm.vpns[0])
     for fast in ([9, 0, 0, 0], [1, 0, 0]):
         with pytest.raises(ValueError, match="SIMD level"):
             _core.py_check_range(
-                mm.entries, mm.vpns, 0, 1, 0, 512, layout, *memmap, False, 0, 0, np.array(fast, dtype=np.uint64)
+                mm.entries, mm.vpns, 0, 1, first, first + 512, layout, *memmap, False, 0, 0, np.array(fast, dtype=np.uint64)
             )
     # An extent that is a lie is cut to the storage, and what it says of pages is not believed when they are written.
     lie = np.array([1, 0, 1 << 40, 0], dtype=np.uint64)
-    assert _core.py_check_range(mm.entries, mm.vpns, 0, 1, 0, 512, layout, *memmap, False, 0, 0, lie)[0] in (
+    assert _core.py_check_range(mm.entries, mm.vpns, 0, 1, first, first + 512, layout, *memmap, False, 0, 0, lie)[0] in (
         0, _core.RESULTS["E_NO_PAGE"],
     )  # fmt: skip
 

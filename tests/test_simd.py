@@ -260,8 +260,9 @@ def test_level_is_checked():
     for fast in ([9, 0, 0, 0], [1, 0, 0]):
         with pytest.raises(ValueError, match="SIMD level"):
             _core.py_check_range(
-                mm.entries, mm.vpns, 0, 1, first, first + 512, layout, *memmap, False, 0, 0, np.array(fast, dtype=np.uint64)
-            )
+                mm.entries, mm.vpns, 0, 1, first, first + 512, layout, *memmap, False, 0, 0,
+                np.array(fast, dtype=np.uint64),
+            )  # fmt: skip
     # An extent that is a lie is cut to the storage, and what it says of pages is not believed when they are written.
     lie = np.array([1, 0, 1 << 40, 0], dtype=np.uint64)
     assert _core.py_check_range(mm.entries, mm.vpns, 0, 1, first, first + 512, layout, *memmap, False, 0, 0, lie)[0] in (

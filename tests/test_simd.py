@@ -257,16 +257,13 @@ def test_level_is_checked():
     mm = Workload(size=2 << 20).build()
     layout, memmap = batch._layout_words(mm.layout), batch._memmap(mm.folios)
     first = int(mm.vpns[0])
+    rows = (mm.entries, mm.vpns, 0, 1, first, first + 512)
     for fast in ([9, 0, 0, 0], [1, 0, 0]):
         with pytest.raises(ValueError, match="SIMD level"):
-            _core.py_check_range(
-                mm.entries, mm.vpns, 0, 1, first, first + 512, layout, *memmap, False, 0, 0,
-                np.array(fast, dtype=np.uint64),
-            )  # fmt: skip
+            _core.py_check_range(*rows, layout, *memmap, False, 0, 0, np.array(fast, dtype=np.uint64))
     # An extent that is a lie is cut to the storage, and what it says of pages is not believed when they are written.
     lie = np.array([1, 0, 1 << 40, 0], dtype=np.uint64)
-    assert _core.py_check_range(mm.entries, mm.vpns, 0, 1, first, first + 512, layout, *memmap, False, 0, 0, lie)[0] in (
-        0, _core.RESULTS["E_NO_PAGE"],
-    )  # fmt: skip
+    code = _core.py_check_range(*rows, layout, *memmap, False, 0, 0, lie)[0]
+    assert code in (0, _core.RESULTS["E_NO_PAGE"])
 
 

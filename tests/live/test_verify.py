@@ -114,7 +114,7 @@ def parent_stays_writable(patch: pytest.MonkeyPatch) -> None:
 def only_the_first_entry_write_protected(patch: pytest.MonkeyPatch) -> None:
     """Fork write-protects the first entry of a batch only."""
     real = reference._wrprotect_ptes
-    patch.setattr(reference, "_wrprotect_ptes", lambda src, idx, nr, layout: real(src, idx, 1, layout))
+    patch.setattr(reference, "_wrprotect_ptes", lambda src, idx, nr, *rest: real(src, idx, 1, *rest))
 
 
 def child_is_young(patch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,8 @@ from libc.string cimport memcmp, memcpy, memset
 cdef extern from "<errno.h>" nogil:
     int EHWPOISON
 
-cdef extern from "<time.h>" nogil:
-    struct timespec:
-        int64_t tv_sec
-        int64_t tv_nsec
-    int CLOCK_MONOTONIC
-    int clock_gettime(int clock, timespec *now)
+cdef extern from "_clock.h" nogil:
+    int64_t now_ns()
 
 cdef extern from * nogil:
     """
@@ -513,12 +509,6 @@ cdef void scan_rules(const pte_layout *L, batch_scan *B, bint respect_dirty, bin
         also(&B.norm, &L.wrprotect)
     B.any_write = B.any_young = B.any_dirty = 0
     B.reads = 0
-
-
-cdef inline int64_t now_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return now.tv_sec * 1000000000 + now.tv_nsec
 
 
 cdef inline uint64_t word_mapcount(uint64_t w) noexcept nogil:
@@ -1262,6 +1252,12 @@ cdef inline Py_ssize_t check_table(const uint64_t[:, ::1] table, Py_ssize_t row,
             return E_NO_PAGE
 
 
+cdef inline void go_on(Py_ssize_t *row, Py_ssize_t *at, Py_ssize_t slots) noexcept nogil:
+    """After slot at[0], counted from the start of this table: to the next table, or to where in a later one that is."""
+    row[0] += at[0] // slots if at[0] > slots else 1
+    at[0] = at[0] % slots if at[0] > slots else 0
+
+
 cdef inline Py_ssize_t wrprotect_table(uint64_t[:, ::1] table, Py_ssize_t row, Py_ssize_t *at, Py_ssize_t end,
                                        Py_ssize_t room, bint batching, const pte_layout *L, const memmap *M,
                                        batch_scan *B, lane *F, int64_t *stats) except -1 nogil:
@@ -1924,17 +1920,12 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
             ret = copy_pte_range(dst, dst_row + row, src, src_row + row, &at, stop, &L, &R, &M, &S, &B, pool, &used, &W)
             if ret:
                 break
-            if at <= ptrs:
-                at = 0
-                row += 1
-                continue
-            # The lane went on to later tables, which the child has from then on.
+            # Tables that the lane went on to are the child's from then on.
             touched = row + (at + ptrs - 1) // ptrs
             if touched > has_rows:
                 W.allocations -= touched - has_rows
                 has_rows = touched
-            row += at // ptrs
-            at %= ptrs
+            go_on(&row, &at, ptrs)
         lane_done(&F, &W)
         W.stats[S_PTEP_GET] += main_loop_reads(W.stats, nr_hist) - before
         derive_stats(W.stats, nr_hist)
@@ -1976,8 +1967,7 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
             if ret:
                 where = vpns[row] + at
                 break
-            row += at // slots if at > slots else 1
-            at = at % slots if at > slots else 0
+            go_on(&row, &at, slots)
         took = now_ns() - took
     return ret, where, fail_pfn, took
 
@@ -2021,8 +2011,7 @@ def py_wrprotect_range(uint64_t[:, ::1] table not None, const int64_t[::1] vpns 
             if ret:
                 where = vpns[row] + at
                 break
-            row += at // slots if at > slots else 1
-            at = at % slots if at > slots else 0
+            go_on(&row, &at, slots)
         stats[S_PTES_NONE] += F.none
         stats[S_PTEP_GET] += F.reads
         stats[S_WRPROTECT_PTES] += F.wrprotects

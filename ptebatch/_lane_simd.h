@@ -587,16 +587,17 @@ LANE_TARGET static size_t LANE(lane_protect_run)(struct lane *l, uint64_t *src, 
         if (nr_pages == 1 || !l->batching) {
             /* LANES pages, each by itself; of what they are only the size matters, and without batching not even that. */
             V bad = LANE(set)(0);
-            uint64_t at[LANES], seen = sized;
+            uint64_t at[LANES];
+            int small = 1;
             if (n - i >= LANES && v & l->valid && l->writable == l->write && l->extent_len) {
                 LANE(store)(at, LANE(shr)(LANE(lane_extent)(l, LANE(load)(src + i), &bad), LANE_PFN_SHIFT));
                 if (!LANE(nonzero)(bad)) {
                     for (k = 0; l->batching && k < LANES; k++)
-                        seen = (words[at[k]] & sized) == LANE_BIT(VALID_BIT_) ? seen : 0;
+                        small &= (words[at[k]] & sized) == LANE_BIT(VALID_BIT_);
                     if (l->prefetch && l->batching && i + LANE_AHEAD_SMALL + LANES <= ahead)
                         for (k = 0; k < LANES; k++)
                             LANE_PREFETCH_AT(words, ((src[i + LANE_AHEAD_SMALL + k] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn);
-                    done = seen ? LANES : 1;
+                    done = small ? LANES : 1;
                 }
             }
             if (done > 1) {
@@ -610,6 +611,8 @@ LANE_TARGET static size_t LANE(lane_protect_run)(struct lane *l, uint64_t *src, 
             l->reads += (int64_t)done;
         } else {
             done = LANE(lane_scan)(l, src + i, limit, v, step, &any);
+            if (!done)
+                break; /* written to meanwhile */
             for (k = 0; any && k < done; k++)
                 src[i + k] = lane_wrprotect(l, src[i + k]);
             l->hist[done]++;

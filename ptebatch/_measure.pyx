@@ -37,6 +37,9 @@ cdef extern from "measure.h" nogil:
     size_t kernel_copy_single(const kernel_state *state)
     size_t kernel_copy_batched(const kernel_state *state)
 
+cdef extern from "_clock.h" nogil:
+    int64_t now_ns()
+
 cdef extern from *:
     int CYTHON_HEX_VERSION
 
@@ -60,21 +63,7 @@ cdef int level_number(str level) except -1:
     return number
 
 
-cdef extern from "<time.h>" nogil:
-    struct timespec:
-        int64_t tv_sec
-        int64_t tv_nsec
-    int CLOCK_MONOTONIC
-    int clock_gettime(int clock, timespec *now)
-
-
 cdef int64_t streamed_ns = 0
-
-
-cdef inline int64_t now_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return now.tv_sec * 1000000000 + now.tv_nsec
 
 
 def py_streamed_ns():

@@ -25,7 +25,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from ptebatch.errors import ArgumentError, PermissionDeniedError, StateError
 from ptebatch.folio import tally
 from ptebatch.fork import ForkPlan, ForkStats
 from ptebatch.mm import MM_SWAPENTS, Mm, none_tables, pte_pfns, swap_keys
-from ptebatch.peers import NAIVE, Peer, available, flatten, kernel_layout
+from ptebatch.peers import NAIVE, Peer, available, flatten, kernel_layout, part
 from ptebatch.protect import wrprotect_range
 from ptebatch.semantics import LATEST, KernelSemantics, running
 from ptebatch.semantics import get as preset
@@ -370,7 +370,7 @@ def peer_cases(some: Iterable[Peer], mm: Mm, semantics: KernelSemantics, area: A
         The memory is not plain, see `ptebatch.peers.flatten`.
     """
     if area is not None:
-        mm = _part(mm, *area)
+        mm = part(mm, *area)
     before = flatten(mm)
     plan = _plan(mm, semantics)
     plan.run()
@@ -393,16 +393,6 @@ def peer_cases(some: Iterable[Peer], mm: Mm, semantics: KernelSemantics, area: A
         )  # fmt: skip
 
     return [case(peer) for peer in some]
-
-
-def _part(mm: Mm, start: int, end: int) -> Mm:
-    """Return a part of one VMA as memory of its own: a folio that reaches beyond it is copied only so far."""
-    vma = mm.vma_at(start)
-    assert vma is not None and end <= vma.end
-    part = replace(vma, start=start, end=end)
-    return Mm(
-        mm.layout, mm.folios, vmas=[part], vpns=mm.vpns, entries=mm.entries, has_pinned=mm.has_pinned, mm_id=mm.mm_id
-    )  # fmt: skip
 
 
 def memory_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:

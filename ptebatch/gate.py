@@ -732,7 +732,10 @@ def check_ratios(baselines: Path = BASELINES, progress: Progress = lambda done, 
         progress(done, max(done, len(bounds) // len(RATIO_PAIRS)))
         return measure_ratios(memory)
 
-    findings = compare_ratios(bounds, measure)
+    try:
+        findings = compare_ratios(bounds, measure)
+    except StateError as error:  # what was to be timed did the wrong thing
+        return Level(4, "ratios", FAIL, str(error))
     if findings:
         return Level(4, "ratios", FAIL, f"{len(findings)} of {len(bounds)} ratios above their bounds", findings)
     return Level(4, "ratios", PASS, f"{len(bounds)} ratios within their bounds ({key})")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from ptebatch.errors import ArgumentError, StateError
 from ptebatch.mm import Mm, pte_pfns
 from ptebatch.semantics import KernelSemantics
 
-__all__ = ["PEERS", "Flat", "KernelPages", "Peer", "available", "flatten", "kernel_layout", "kernel_pages"]
+__all__ = ["PEERS", "Flat", "KernelPages", "Peer", "available", "flatten", "kernel_layout", "kernel_pages", "part"]
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -96,8 +96,27 @@ class Flat:
 _STATE = ("src", "dst", "refcount", "mapcount", "exclusive")
 
 
-def flatten(mm: Mm, child: Mm | None = None, *, start: int | None = None, end: int | None = None) -> Flat:
-    """Make a `Flat` of the first VMA, or of a part of it.
+def part(mm: Mm, start: int, end: int) -> Mm:
+    """Return bytes ``start..end`` of one VMA as memory of its own: of a folio that reaches beyond, a fork copies no more.
+
+    Entries and folios are those of `mm`, not copies.
+
+    Raises
+    ------
+    StateError
+        It is not within one VMA.
+    """
+    vma = mm.vma_at(start)
+    if vma is None or not start < end <= vma.end:
+        raise StateError(f"{start:#x}-{end:#x} is not within one VMA")
+    return Mm(
+        mm.layout, mm.folios, vmas=[replace(vma, start=start, end=end)], vpns=mm.vpns, entries=mm.entries,
+        has_pinned=mm.has_pinned, mm_id=mm.mm_id,
+    )  # fmt: skip
+
+
+def flatten(mm: Mm, child: Mm | None = None) -> Flat:
+    """Make a `Flat` of the first VMA.
 
     Parameters
     ----------
@@ -105,21 +124,18 @@ def flatten(mm: Mm, child: Mm | None = None, *, start: int | None = None, end: i
         Whose entries are `src`. Nothing is changed.
     child : Mm, optional
         Whose entries are `dst`; without one they are all none.
-    start, end : int, optional
-        Byte addresses within one VMA.
 
     Raises
     ------
     StateError
-        The area is not plain memory as the peers model it, or its PFNs are spread too far.
+        It is not plain memory as the peers model it, or its PFNs are spread too far.
     """
     layout = mm.layout
-    if start is None or end is None:
-        if not mm.vmas:
-            raise StateError("there is no memory to copy")
-        start, end = mm.vmas[0].start, mm.vmas[0].end
-    vma = mm.vma_at(start)
-    if vma is None or end > vma.end or vma.vm_ops is not None or not arch.is_cow_mapping(vma.vm_flags):
+    if not mm.vmas:
+        raise StateError("there is no memory to copy")
+    vma = mm.vmas[0]
+    start, end = vma.start, vma.end
+    if vma.vm_ops is not None or not arch.is_cow_mapping(vma.vm_flags):
         raise StateError(f"{start:#x}-{end:#x} is not private anonymous memory")
     if not layout.saved_dirty:  # which x86-64 alone has
         raise StateError(f"the peers do not model {layout.name}: choose a kernel with saved_dirty")

@@ -518,6 +518,10 @@ def test_ratios_are_measured_and_agree_with_each_other():
     assert batched > 0
 
 
+def went_wrong(memory: str) -> dict[str, float]:
+    raise StateError("the benchmark's fork went wrong")
+
+
 def test_bounds_are_those_of_a_cpu_and_simd_level(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "_unfit", lambda **_: None)
     monkeypatch.setattr(gate, "measure_ratios", lambda memory: {f"batched/limit {memory}": 2.0})
@@ -528,6 +532,9 @@ def test_bounds_are_those_of_a_cpu_and_simd_level(tmp_path, monkeypatch):
         gate, "measure_ratios", lambda memory: {f"batched/limit {memory}": 2.0 * gate.RATIO_SLACK + 0.01}
     )
     assert gate.check_ratios(tmp_path).status == "fail"
+    monkeypatch.setattr(gate, "measure_ratios", went_wrong)
+    level = gate.check_ratios(tmp_path)
+    assert (level.status, level.summary) == ("fail", "the benchmark's fork went wrong")
     environment = gate.bench.environment()
     monkeypatch.setattr(gate.bench, "environment", lambda: environment | {"cpu": "Another (1/2/3), 8 CPUs"})
     assert gate.check_ratios(tmp_path).status == "inconclusive"

@@ -92,7 +92,7 @@ def test_flatten_counts_from_the_lowest_pfn():
 def test_flatten_of_a_part():
     mm = make(size="4MiB", folio="64KiB")
     start = mm.vmas[0].start
-    flat = peers.flatten(mm, start=start + 4096, end=start + (1 << 20))
+    flat = peers.flatten(peers.part(mm, start + 4096, start + (1 << 20)))
     assert len(flat.src) == 255
     assert flat.src[0] == mm.pte(start + 4096)
 
@@ -109,8 +109,10 @@ def test_what_is_not_plain_is_refused(keys):
 
 def test_more_that_is_refused():
     mm = make(size="1MiB")
-    with pytest.raises(StateError, match="private anonymous"):
-        peers.flatten(mm, start=mm.vmas[0].start, end=mm.vmas[0].end + 4096)
+    start, end = mm.vmas[0].start, mm.vmas[0].end
+    for area in ((start, end + 4096), (start, start), (start - 4096, end), (end, end + 4096)):
+        with pytest.raises(StateError, match="not within one VMA"):
+            peers.part(mm, *area)
     entries = mm.entries.reshape(-1)
     entries[1] = entries[0]
     with pytest.raises(StateError, match="twice"):
@@ -166,7 +168,7 @@ def test_the_kernel_s_layout_needs_whole_folios_and_known_pages():
     mm = make(size="1MiB", folio="64KiB")
     start = mm.vmas[0].start
     with pytest.raises(StateError, match="part of a folio"):
-        peers.kernel_pages(peers.flatten(mm, start=start, end=start + 3 * 4096))
+        peers.kernel_pages(peers.flatten(peers.part(mm, start, start + 3 * 4096)))
     peer = peers.kernel_layout(get("v6.9"), batched=True)
     state = peer.fresh(peers.flatten(mm))
     assert state.pages.ctypes.data % 64 == 0 and state.pages.itemsize == 64

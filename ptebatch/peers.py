@@ -97,7 +97,7 @@ _STATE = ("src", "dst", "refcount", "mapcount", "exclusive")
 
 
 def part(mm: Mm, start: int, end: int) -> Mm:
-    """Return bytes ``start..end`` of one VMA as memory of its own: a fork copies no more of a folio that reaches beyond.
+    """Return bytes ``start..end`` of one VMA as memory of its own: a fork copies no more of a folio reaching beyond.
 
     Entries and folios are those of `mm`, not copies.
 

@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
@@ -453,10 +453,10 @@ FAST = Profile(
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared: where its package is (None: this one), and how much more memory a case has."""
+    """One of the two that are compared: where its package is (None: this one), and how much slower a case is made."""
 
     path: Path | None = None
-    scale: Mapping[str, float] = field(default_factory=dict)
+    slower: Mapping[str, float] = field(default_factory=dict)
 
 
 def compare_times(base: Sequence[float], head: Sequence[float], *, ratio_floor: float = RATIO_FLOOR) -> dict[str, Any]:
@@ -518,7 +518,7 @@ def take_turns(
         order = (0, 1) if number % 2 == 0 else (1, 0)
         with ExitStack() as stack:
             workers = {
-                at: stack.enter_context(_Worker({**request, "scale": dict(sides[at].scale)}, path=sides[at].path))
+                at: stack.enter_context(_Worker({**request, "slower": dict(sides[at].slower)}, path=sides[at].path))
                 for at in order
             }
             if workers[1].missing:
@@ -755,9 +755,9 @@ def self_test(
 ) -> dict[str, Any]:
     """Let level 3 judge what is known: nothing changed, or one case does 3, 5, 10 or 20 % more.
 
-    A side is slower because one of its cases, another in every run, has more memory to work on: real work. How much
-    more makes it 3 % slower is measured first, for a run has a part that does not grow with its memory. A false alarm
-    is a run with nothing changed in which any case is called slower; a slow-down is found if the case that has it is.
+    A side is slower because one of its cases, another in every run, is kept waiting that much of its own time before
+    its clock is read. A false alarm is a run with nothing changed in which any case is called slower; a slow-down is
+    found if the case that has it is.
 
     Parameters
     ----------
@@ -788,11 +788,10 @@ def self_test(
     about = {"schema": SCHEMA, "profile": asdict(profile), **{name: env[name] for name in ("cpu", "simd", "commit")}}
     about = json.loads(json.dumps(about))
     results = _read_state(state, about)
-    shares = _shares(profile)
     kinds = [(number, slower) for number in range(runs) for slower in (0, *SLOWER)]
     for done, kind in enumerate(kinds, 1):
         if kind not in results:
-            results[kind] = _self_test_run(profile, shares, *kind)
+            results[kind] = _self_test_run(profile, *kind)
             if state is not None:
                 with state.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(results[kind]) + "\n")
@@ -816,19 +815,10 @@ def _read_state(state: Path | None, about: Mapping[str, Any]) -> dict[tuple[int,
     return {(line["run"], line["slower"]): line for line in lines}
 
 
-def _shares(profile: Profile) -> dict[str, float]:
-    """Measure what share of a run of each case grows with its memory, by one with a fifth more."""
-    more = 1.2
-    careful = replace(profile, interpreters=3 * profile.interpreters)
-    times, _ = take_turns(Side(), Side(scale=dict.fromkeys(profile.cases, more)), careful, profile.cases)
-    grown = {name: float(np.median(head) / np.median(base)) - 1 for name, (base, head) in times.items()}
-    return {name: min(max(growth / (more - 1), 0.5), 1.0) for name, growth in grown.items()}
-
-
-def _self_test_run(profile: Profile, shares: Mapping[str, float], number: int, slower: int) -> dict[str, Any]:
+def _self_test_run(profile: Profile, number: int, slower: int) -> dict[str, Any]:
     begin = time.monotonic()
     injected = profile.cases[number % len(profile.cases)] if slower else None
-    head = Side(scale={injected: 1 + slower / 100 / shares[injected]} if injected else {})
+    head = Side(slower={injected: slower / 100} if injected else {})
     found = slow_downs(lambda cases: take_turns(Side(), head, profile, cases)[0], profile.cases)
     return {
         "run": number, "slower": slower, "injected": injected,

@@ -140,20 +140,16 @@ def _elsewhere(array: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return copy
 
 
-def prepare(case: Case, scale: float = 1.0, *, scatter: bool = False) -> Prepared:
-    """Make the memory of a case, `scale` times as much as it says.
+def prepare(case: Case, *, scatter: bool = False) -> Prepared:
+    """Make the memory of a case.
 
     How the tables of parent and child lie to each other, and to the memmap, makes more of a difference than what the
     gate looks for, and is the same in every process of a program, but another in a program that did anything else
     before. With `scatter` it is left to chance.
     """
-    import dataclasses
-
     from ptebatch import semantics, workload
 
-    wanted = workload.parse(case.workload)
-    wanted = dataclasses.replace(wanted, size=round(wanted.size * scale) // workload.PAGE * workload.PAGE)
-    mm = wanted.build()
+    mm = workload.parse(case.workload).build()
     if scatter:
         mm.entries = _elsewhere(mm.entries)
     return OPERATIONS[case.operation](mm, semantics.get(case.semantics), PATHS[case.path], scatter)
@@ -220,7 +216,7 @@ class _Process:
             try:
                 for fd in (self._ask, answers, *(fd for other in others for fd in other.pipes())):
                     os.close(fd)  # whoever keeps the other end of a pipe open keeps its reader waiting
-                prepared = {name: prepare(Case.parse(name), scale, scatter=True) for name, scale in cases.items()}
+                prepared = {name: (prepare(Case.parse(name), scatter=True), slower) for name, slower in cases.items()}
                 while os.read(asked, 1):
                     os.write(answer, json.dumps(_times(prepared, runs)).encode() + b"\n")
             finally:
@@ -240,16 +236,22 @@ class _Process:
         return dict(json.loads(line))
 
 
-def _times(prepared: Mapping[str, Prepared], runs: int) -> dict[str, int]:
-    """Return how long the shortest of `runs` runs of each case took, in ns; one before that finds its memory again."""
+def _times(prepared: Mapping[str, tuple[Prepared, float]], runs: int) -> dict[str, int]:
+    """Return how long the shortest of `runs` runs of each case took, in ns; one before that finds its memory again.
+
+    Beside each case stands by how much of its time it is to be slower.
+    """
     shortest = {}
-    for name, case in prepared.items():
+    for name, (case, slower) in prepared.items():
         found = []
         for _ in range(runs + 1):
             case.reset()
             begin = time.perf_counter_ns()
             case.run()
-            found.append(time.perf_counter_ns() - begin)
+            end = now = time.perf_counter_ns()
+            while slower and now - end < slower * (end - begin):
+                now = time.perf_counter_ns()
+            found.append(now - begin)
         shortest[name] = min(found[1:])
     return shortest
 
@@ -258,16 +260,15 @@ def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a line for each process, after one that says which of the ``cases`` are ``missing`` here and why.
 
     In ``mode`` ``run`` each case is run in a process. In ``mode`` ``time`` there are ``processes``, and every line on
-    stdin is the number of one that is to take the time of all cases, the shortest of ``runs`` runs. ``scale`` is how
-    much more memory a case has.
+    stdin is the number of one that is to take the time of all cases, the shortest of ``runs`` runs. ``slower`` is by how
+    much of its time a case is to be slower.
     """
     gc.disable()
-    scales = {name: request.get("scale", {}).get(name, 1.0) for name in request["cases"]}
     prepared: dict[str, Prepared] = {}
     missing: dict[str, str] = {}
-    for name, scale in scales.items():
+    for name in request["cases"]:
         try:
-            prepared[name] = prepare(Case.parse(name), scale)
+            prepared[name] = prepare(Case.parse(name))
         except Exception as error:  # whatever another version says of what it does not know
             missing[name] = f"{type(error).__name__}: {error}"
     yield {"missing": missing}
@@ -275,11 +276,11 @@ def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for name, case in prepared.items():
             yield {"case": name, "pid": _in_child(functools.partial(_once, case))[0]}
     else:
-        scales = {name: scales[name] for name in prepared}
+        cases = {name: request["slower"].get(name, 0.0) for name in prepared}
         prepared.clear()
         processes: list[_Process] = []
         for _ in range(request["processes"]):
-            processes.append(_Process(scales, request["runs"], processes))
+            processes.append(_Process(cases, request["runs"], processes))
         for line in sys.stdin:
             yield {"times_ns": processes[int(line)].times()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -89,10 +90,21 @@ def test_counts_tell_the_paths_apart_and_show_what_is_left_behind():
     assert left["left_refcounts"] == left["left_mapcounts"] == left["left_rss"] == 512
 
 
-def test_a_case_may_be_made_larger():
-    case = Case.parse(CASE)
-    nr = [sum(stats.ptes_present for stats in gate_worker.prepare(case, scale).run()) for scale in (1.0, 1.25)]
-    assert nr == [256, 320]
+def test_a_case_may_be_made_slower():
+    took = []
+
+    def run():
+        begin = time.perf_counter_ns()
+        while time.perf_counter_ns() - begin < 100_000:
+            pass
+        took.append(time.perf_counter_ns() - begin)
+        return []
+
+    case = gate_worker.Prepared(run, lambda: None, ())
+    found = gate_worker._times({"as it is": (case, 0.0)}, 2)
+    assert found["as it is"] >= min(took)
+    took.clear()
+    assert gate_worker._times({"slower": (case, 0.5)}, 2)["slower"] >= 1.5 * min(took)
 
 
 # --- level 1 ----------------------------------------------------------------------------------------------------------
@@ -545,10 +557,9 @@ def test_bounds_are_those_of_a_cpu_and_simd_level(tmp_path, monkeypatch):
 def judged(monkeypatch):
     """No measuring: a case is called slower if it is by 10 % or more; and in every 4th run with nothing changed."""
     monkeypatch.setattr(gate, "_unfit", lambda **_: None)
-    monkeypatch.setattr(gate, "_shares", lambda profile: dict.fromkeys(profile.cases, 1.0))
     calls = []
 
-    def run(profile, shares, number, slower):
+    def run(profile, number, slower):
         calls.append((number, slower))
         injected = profile.cases[number % len(profile.cases)] if slower else None
         confirmed = [injected] if slower >= 10 else [profile.cases[0]] if not slower and number % 4 == 0 else []

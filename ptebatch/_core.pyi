@@ -87,6 +87,7 @@ def py_copy_page_range(
     stats: I64,
     state: I64,
     fast: U64,
+    threads: int,
 ) -> tuple[int, int, bool, int]: ...
 def py_check_range(
     table: U64,

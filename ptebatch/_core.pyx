@@ -20,6 +20,7 @@ Order of this file: constants and structs, scalar helpers, loops, entries.
 """
 from libc.errno cimport EAGAIN, EBUSY, EIO, ENOENT, ENOMEM
 from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdlib cimport free
 from libc.string cimport memcmp, memcpy, memset
 
 cdef extern from "<errno.h>" nogil:
@@ -73,6 +74,12 @@ cdef extern from "_lane.h" nogil:
     size_t lane_run(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, size_t ahead)
     size_t lane_protect_run(lane *l, uint64_t *src, size_t n, size_t left, size_t ahead)
     size_t lane_check(const lane *l, const uint64_t *entries, size_t n)
+    enum: LANE_THREADS
+    struct lane_rest:
+        size_t from_slot "from"
+        size_t until
+    size_t lane_threads(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, int nr, lane_rest **rests,
+                        size_t *nr_rests)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1112,16 +1119,16 @@ cdef Py_ssize_t copy_nonpresent_pte(uint64_t[:, ::1] dst, Py_ssize_t drow, uint6
 
 
 cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[:, ::1] src, Py_ssize_t srow,
-                                      Py_ssize_t *at, Py_ssize_t end, const pte_layout *L, const copy_rules *R,
-                                      const memmap *M, swap_map *S, batch_scan *B, const uint64_t[::1] pool,
-                                      Py_ssize_t *used, walk *W) except -1 nogil:
-    """Slots at[0]..end of one table. at[0] follows the walk, so that a caller can resume it; it may come to lie in a
-    later table, counted from the start of this one."""
+                                      Py_ssize_t *at, Py_ssize_t upto, Py_ssize_t end, const pte_layout *L,
+                                      const copy_rules *R, const memmap *M, swap_map *S, batch_scan *B,
+                                      const uint64_t[::1] pool, Py_ssize_t *used, walk *W) except -1 nogil:
+    """Slots at[0]..upto of one table, whose batches may go on to end. at[0] follows the walk, so that a caller can
+    resume it; where upto is end, it may come to lie in a later table, counted from the start of this one."""
     cdef Py_ssize_t idx = at[0], ret, max_nr, ahead = at[0], until, room, ran, retry = at[0], patience = 1
     cdef uint64_t pte, type
-    while idx < end:
+    while idx < upto:
         pte = src[srow, idx]
-        if W.fast.level and idx >= retry and (pte_present(L, pte) or pte_none(L, pte)):
+        if W.fast.level and upto == end and idx >= retry and (pte_present(L, pte) or pte_none(L, pte)):
             room = W.end - srow * src.shape[1] - idx
             # Further tables only where none of them can lack memory.
             max_nr = room if W.allocations > room else end - idx
@@ -1180,6 +1187,40 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
         idx += ret
     at[0] = idx
     return 0
+
+
+cdef Py_ssize_t copy_by_threads(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[:, ::1] src, Py_ssize_t srow,
+                                Py_ssize_t *at, Py_ssize_t end, int threads, const pte_layout *L, const copy_rules *R,
+                                const memmap *M, swap_map *S, batch_scan *B, const uint64_t[::1] pool,
+                                Py_ssize_t *used, walk *W) except -1 nogil:
+    """Slots at[0].. of a table that ends at end, and of those behind it, for as long as the lane knows the entries.
+    at[0] follows as in copy_pte_range(); where threads cannot be used, it stays."""
+    cdef Py_ssize_t ptrs = src.shape[1], begin = at[0], room = W.end - srow * ptrs - begin, last = W.end, ret = 0
+    cdef Py_ssize_t row, idx, upto, ran
+    cdef lane_rest *rests = NULL
+    cdef size_t nr_rests = 0, k
+    # Nothing may fail half-way, and a page that may be pinned takes another one out of the pool in the order of entries.
+    if W.allocations <= room or R.has_pinned or not W.fast.level or not W.fast.extent_len:
+        return 0
+    ran = lane_threads(W.fast, &src[srow, begin], &dst[drow, begin], room, end - begin, threads, &rests, &nr_rests)
+    for k in range(nr_rests):
+        idx = begin + rests[k].from_slot
+        upto = begin + rests[k].until
+        W.end = srow * ptrs + upto
+        while idx < upto:
+            row = idx // ptrs
+            at[0] = idx % ptrs
+            ret = copy_pte_range(dst, drow + row, src, srow + row, at, min(upto - row * ptrs, ptrs),
+                                 min(begin + room - row * ptrs, ptrs), L, R, M, S, B, pool, used, W)
+            idx = row * ptrs + at[0]
+            if ret:
+                break
+        if ret:
+            break
+    W.end = last
+    free(rests)
+    at[0] = idx if ret else begin + ran
+    return ret
 
 
 cdef inline void derive_stats(int64_t *stats, Py_ssize_t nr_hist) noexcept nogil:
@@ -1861,7 +1902,8 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
                        uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
                        const int32_t[::1] sub not None, const uint64_t[::1] slots not None,
                        int64_t[::1] counts not None, const uint64_t[::1] pool not None, int64_t[::1] rss not None,
-                       int64_t[::1] stats not None, int64_t[::1] state not None, const uint64_t[::1] fast not None):
+                       int64_t[::1] stats not None, int64_t[::1] state not None, const uint64_t[::1] fast not None,
+                       int threads):
     """Copy virtual pages start..end (page numbers) of nr_rows tables.
 
     state is [row, idx, pages used of the pool, allocations left, rows that the child has]: where to go on after
@@ -1875,13 +1917,13 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     cdef walk W
     cdef lane F
     cdef Py_ssize_t ret = 0, row = state[0], at = state[1], used = state[2], stop, nr_hist = src.shape[1] + 1
-    cdef Py_ssize_t ptrs = src.shape[1], has_rows = state[4], touched
+    cdef Py_ssize_t ptrs = src.shape[1], has_rows = state[4], touched, first
     cdef int64_t before, took = now_ns()
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef swap_map S = view_swap(slots, counts)
     check_stats(stats, ptrs)
     lane_memmap(&F, &M, fast)
-    if (dst.shape[1] != ptrs or state.shape[0] != 5 or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0
+    if (dst.shape[1] != ptrs or state.shape[0] != 5 or threads > LANE_THREADS or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0
             or dst_row < 0 or row < 0 or at < 0 or used < 0 or src_row + nr_rows > src.shape[0]
             or dst_row + nr_rows > dst.shape[0]
             or vpns.shape[0] != src.shape[0] or nr_rows and end <= vpns[src_row + nr_rows - 1]):
@@ -1917,8 +1959,17 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
             stop = end - vpns[src_row + row]
             if stop > ptrs:
                 stop = ptrs
-            ret = copy_pte_range(dst, dst_row + row, src, src_row + row, &at, stop, &L, &R, &M, &S, &B, pool, &used, &W)
+            first = at
+            if threads > 1:
+                ret = copy_by_threads(dst, dst_row + row, src, src_row + row, &at, stop, threads, &L, &R, &M, &S, &B,
+                                      pool, &used, &W)
+                threads = 1
+            if ret == 0 and at == first:
+                ret = copy_pte_range(dst, dst_row + row, src, src_row + row, &at, stop, stop, &L, &R, &M, &S, &B, pool,
+                                     &used, &W)
             if ret:
+                if at > ptrs:
+                    go_on(&row, &at, ptrs)
                 break
             # Tables that the lane went on to are the child's from then on.
             touched = row + (at + ptrs - 1) // ptrs

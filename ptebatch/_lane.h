@@ -35,8 +35,13 @@
 #ifndef PTEBATCH_LANE_H
 #define PTEBATCH_LANE_H
 
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LANE_INLINE static inline __attribute__((always_inline))
@@ -132,6 +137,9 @@ struct lane {
     uint64_t large_mask;              /* bits that the head of a large folio must not have */
     int large_mapcount, mm_id, large_ok;
     uint64_t page_mapcount, mm;
+    /* threads: for each of the others a bit for every page of the extent that it maps too */
+    uint64_t *const *others;
+    int nr_others;
     /* counters */
     int64_t *hist; /* by nr */
     int64_t none, exclusive, reads, wrprotects, wrprotected, rss[4];
@@ -225,6 +233,24 @@ LANE_INLINE int lane_large_ok(const struct lane *l, size_t head, uint64_t w)
     if (!l->large_ok || w & LANE_BIT(HUGETLB_BIT_) || l->words[head] & l->large_mask || l->words[head + 1] & LANE_HALF_COUNTER)
         return 0;
     return !(l->mm_id && (l->aux[head] | l->aux[head + 1]) & LANE_HALF_AUX);
+}
+
+/* Whether no other thread maps a page of the folio. */
+LANE_INLINE int lane_sole(const struct lane *l, uint64_t first_pfn, size_t nr_pages)
+{
+    const uint64_t first = first_pfn > l->extent_pfn ? first_pfn - l->extent_pfn : 0;
+    const uint64_t end = first_pfn + nr_pages - l->extent_pfn, last = (end < l->extent_len ? end : l->extent_len) - 1;
+    uint64_t at;
+    int k;
+    for (k = 0; k < l->nr_others; k++)
+        for (at = first / 64; at <= last / 64; at++) {
+            uint64_t bits = l->others[k][at];
+            bits &= at == first / 64 ? ~(uint64_t)0 << first % 64 : ~(uint64_t)0;
+            bits &= at == last / 64 ? ~(uint64_t)0 >> (63 - last % 64) : ~(uint64_t)0;
+            if (bits)
+                return 0;
+        }
+    return 1;
 }
 
 /* MM-ID slots of a large folio when this fork adds nr mappings; total is the large mapcount afterwards (v6.15). */
@@ -432,6 +458,196 @@ static inline size_t lane_check(const struct lane *l, const uint64_t *entries, s
         return lane_check_avx2(l, entries, n);
 #endif
     return l->level ? lane_check_scalar(l, entries, n) : 0;
+}
+
+/* --- threads --------------------------------------------------------------------------------------------------------
+ * Each thread copies tables of its own. What they could have in common is folios: so each first marks the pages that its
+ * tables map. Where no page is marked twice, a folio mapped whole belongs to one thread; for any other large folio the lane
+ * looks for marks of the others. A batch that the lane does not copy is passed over, and left to copy_present_ptes() when
+ * all threads are done: it has nothing to do with any other batch, so that the order makes no difference.
+ */
+enum { LANE_THREADS = 64, LANE_RESTS = 1024 };
+
+/* Slots that were passed over: all entries of a folio that follow each other, or the rest of a thread's. */
+struct lane_rest {
+    size_t from, until;
+};
+
+struct lane_share {
+    struct lane lane; /* with counts of its own */
+    uint64_t *src, *dst;
+    size_t from, until, first; /* slots; where its first table ends */
+    size_t ahead;
+    uint64_t *pages, *others[LANE_THREADS - 1];
+    struct lane_rest *rests;
+    size_t nr_rests;
+};
+
+static inline void *lane_share_mark(void *argument)
+{
+    struct lane_share *s = argument;
+    const uint64_t *src = s->src + s->from;
+    const size_t n = s->until - s->from;
+    size_t marked;
+#if LANE_X86
+    if (s->lane.level == LANE_AVX512)
+        marked = lane_mark_avx512(&s->lane, src, n, s->pages);
+    else if (s->lane.level == LANE_AVX2)
+        marked = lane_mark_avx2(&s->lane, src, n, s->pages);
+    else
+#endif
+        marked = lane_mark_scalar(&s->lane, src, n, s->pages);
+    /* The table of the first entry that the lane does not know, and what follows, is not this thread's. */
+    marked += s->from;
+    if (marked < s->until)
+        s->until = marked < s->first ? s->from : marked - (marked - s->first) % s->lane.ptrs;
+    return NULL;
+}
+
+/* How many entries from slot i of a table on, to where it ends, map the pages of one folio one after the other. */
+static inline size_t lane_of_folio(const struct lane *l, const uint64_t *src, size_t i, size_t end)
+{
+    const uint64_t v = src[i], pfn = lane_pfn(l, v), step = lane_step(l, v), which = l->pfn_mask | l->present;
+    const size_t page = lane_page(l, pfn);
+    const uint64_t w = page < l->nr_words ? l->words[page] : 0;
+    const size_t nr_pages = w >> VALID_BIT_ ? (size_t)1 << (w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1)) : 1;
+    size_t nr = 1;
+    while (i + nr < end && (pfn + nr) & (nr_pages - 1) && (src[i + nr] & which) == (v & which) + nr * step)
+        nr++;
+    return nr;
+}
+
+static inline void *lane_share_run(void *argument)
+{
+    struct lane_share *s = argument;
+    const size_t ptrs = s->lane.ptrs;
+    size_t i = s->from, end = s->first;
+    while (i < s->until) {
+        while (end <= i)
+            end += ptrs;
+        end = end < s->until ? end : s->until;
+        i += lane_run(&s->lane, s->src + i, s->dst + i, s->until - i, end - i, s->ahead - i);
+        if (i >= s->until)
+            break;
+        while (end <= i)
+            end += ptrs;
+        s->rests[s->nr_rests].from = i;
+        i = s->nr_rests + 1 < LANE_RESTS ? i + lane_of_folio(&s->lane, s->src, i, end < s->until ? end : s->until) : s->until;
+        s->rests[s->nr_rests++].until = i;
+    }
+    return NULL;
+}
+
+/* New threads on any CPU but this one, which is busy: the scheduler finds out only after a millisecond or more. */
+static inline void lane_elsewhere(pthread_attr_t *attributes)
+{
+#ifdef __linux__
+    const int here = sched_getcpu();
+    cpu_set_t cpus;
+    if (here < 0 || sched_getaffinity(0, sizeof(cpus), &cpus))
+        return;
+    CPU_CLR(here, &cpus);
+    if (CPU_COUNT(&cpus))
+        pthread_attr_setaffinity_np(attributes, sizeof(cpus), &cpus);
+#else
+    (void)attributes;
+#endif
+}
+
+/* All shares at once: the first here, the others in threads, or here too where there is none to be had. */
+static inline void lane_shares(struct lane_share *shares, int nr, void *(*function)(void *))
+{
+    pthread_t threads[LANE_THREADS];
+    int started[LANE_THREADS], k;
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    pthread_attr_init(&attributes);
+    lane_elsewhere(&attributes);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the threads that were there */
+    for (k = 1; k < nr; k++)
+        started[k] = !pthread_create(&threads[k], &attributes, function, shares + k);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    function(shares);
+    for (k = 1; k < nr; k++) {
+        if (started[k])
+            pthread_join(threads[k], NULL);
+        else
+            function(shares + k);
+    }
+}
+
+/* As lane_run, by nr threads; n slots of several tables. Returns how many of them were dealt with, but for *nr_rests ranges
+ * that were passed over (*rests, to be freed). Returns 0, with nothing done, if that cannot be. */
+static inline size_t lane_threads(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, int nr,
+                                  struct lane_rest **rests, size_t *nr_rests)
+{
+    const size_t each = (1 + (n - left + l->ptrs - 1) / l->ptrs + (size_t)nr - 1) / (size_t)nr; /* tables */
+    const size_t nr_hist = l->ptrs + 1, nr_pages = (l->extent_len + 63) / 64;
+    struct lane_share *shares = calloc((size_t)nr, sizeof(*shares));
+    uint64_t *pages = calloc((size_t)nr * nr_pages, sizeof(*pages)), twice = 0;
+    int64_t *hists = calloc((size_t)nr * nr_hist, sizeof(*hists));
+    size_t done = 0, i;
+    int k, j;
+    *nr_rests = 0;
+    *rests = malloc((size_t)nr * LANE_RESTS * sizeof(**rests));
+    if (shares && pages && hists && *rests) {
+        for (k = 0; k < nr; k++) {
+            struct lane_share *s = shares + k;
+            const size_t from = k ? left + ((size_t)k * each - 1) * l->ptrs : 0, until = left + ((size_t)(k + 1) * each - 1) * l->ptrs;
+            s->lane = *l;
+            s->lane.none = s->lane.exclusive = s->lane.reads = s->lane.wrprotects = s->lane.wrprotected = 0;
+            memset(s->lane.rss, 0, sizeof(s->lane.rss));
+            s->lane.hist = hists + (size_t)k * nr_hist;
+            s->lane.others = s->others;
+            s->lane.nr_others = nr - 1;
+            s->src = src;
+            s->dst = dst;
+            s->from = from < n ? from : n;
+            s->until = until < n ? until : n;
+            s->first = k ? from + l->ptrs : left;
+            s->ahead = n;
+            s->pages = pages + (size_t)k * nr_pages;
+            for (j = 0; j < nr - 1; j++)
+                s->others[j] = pages + (size_t)(j < k ? j : j + 1) * nr_pages;
+            s->rests = *rests + (size_t)k * LANE_RESTS;
+        }
+        lane_shares(shares, nr, lane_share_mark);
+        for (i = 0; i < nr_pages; i++) {
+            uint64_t once = 0;
+            for (k = 0; k < nr; k++) {
+                twice |= once & shares[k].pages[i];
+                once |= shares[k].pages[i];
+            }
+        }
+        for (k = 0; k < nr && !twice && shares[k].from == done; k++)
+            done = shares[k].until;
+        for (; k < nr; k++)
+            shares[k].until = shares[k].from;
+    }
+    if (done) {
+        lane_shares(shares, nr, lane_share_run);
+        for (k = 0; k < nr; k++) {
+            const struct lane *mine = &shares[k].lane;
+            l->none += mine->none;
+            l->exclusive += mine->exclusive;
+            l->reads += mine->reads;
+            l->wrprotects += mine->wrprotects;
+            l->wrprotected += mine->wrprotected;
+            l->mapcounts |= mine->mapcounts;
+            for (j = 0; j < 4; j++)
+                l->rss[j] += mine->rss[j];
+            for (i = 0; i < nr_hist; i++)
+                l->hist[i] += mine->hist[i];
+            memmove(*rests + *nr_rests, shares[k].rests, shares[k].nr_rests * sizeof(**rests));
+            *nr_rests += shares[k].nr_rests;
+        }
+    }
+    free(hists);
+    free(pages);
+    free(shares);
+    return done;
 }
 
 #endif

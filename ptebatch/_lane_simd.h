@@ -348,8 +348,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
                                                 size_t ahead, uint64_t v, uint64_t step, uint64_t clear)
 {
     enum { MANY = 4 };
-    /* Mostly all entries are like the first, and all words like the last page's. */
-    const uint64_t normal = lane_changed(&l->norm, v), first = lane_child(l, v, 1), like = words[n - 1];
+    /* Mostly all entries are like the first, and all words like the third page's. */
+    const uint64_t normal = lane_changed(&l->norm, v), first = lane_child(l, v, 1), like = words[n > 2 ? 2 : n - 1];
     const V next = LANE(set)(step * LANES), change = LANE(set)(lane_wrprotect(l, v) - v), to_child = LANE(set)(first - v);
     const V to_normal = LANE(set)(normal - v), one = LANE(set)(l->page_mapcount);
     const V ae = LANE(set)(clear), usual = LANE(set)(like), usually = LANE(set)((like & ~clear) + l->page_mapcount);
@@ -358,8 +358,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
     uint64_t counts[LANES];
     V same = LANE(ramp)(v, step), exclusive = LANE(set)(0), seen = LANE(set)(like);
     size_t k = 0, lane, nr_usual = 0, j;
-    if (prefetch && LANE_AHEAD_LARGE < ahead)
-        LANE_PREFETCH_AT(l->aux, ((src[LANE_AHEAD_LARGE] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent);
+    if (prefetch && n < ahead)
+        LANE_PREFETCH_AT(l->aux, ((src[n] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent);
     while (k + LANES <= n) {
         V cur, wp, w;
         for (; k + MANY * LANES <= n; k += MANY * LANES) {
@@ -481,6 +481,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
     }
     if (offset > page || nr_pages > l->nr_words - head || !lane_large_ok(l, head, w))
         return 0;
+    if (l->nr_others && !lane_sole(l, pfn - offset, nr_pages))
+        return 0;
     if (!l->batching) {
         if (l->writable != l->write)
             return 0;
@@ -549,6 +551,41 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
         left = lane_left(l, left, done, n - i);
     }
     *shared = local;
+    return i;
+}
+
+/* Set the bit of each page of the extent that n entries map; returns how many from the front are none or map such pages. */
+LANE_TARGET static size_t LANE(lane_mark)(const struct lane *l, const uint64_t *src, size_t n, uint64_t *pages)
+{
+    const V step = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT));
+    uint64_t at[LANES];
+    size_t i = 0, k;
+    while (i < n) {
+        const size_t many = i + LANES <= n ? LANES : 1;
+        if (many > 1 || LANES == 1) {
+            V bad, place = LANE(lane_extent)(l, LANE(load)(src + i), &bad);
+            lane_stream(src + i, LANES);
+            if (LANE_LIKELY(!LANE(nonzero)(bad))) {
+                LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
+                if (at[0] % 64 <= 64 - LANES
+                    && !LANE(nonzero)(LANE(xor)(place, LANE(add)(LANE(set)(at[0] << LANE_PFN_SHIFT), step))))
+                    pages[at[0] / 64] |= (LANE_BIT(LANES) - 1) << at[0] % 64;
+                else
+                    for (k = 0; k < LANES; k++)
+                        pages[at[k] / 64] |= LANE_BIT(at[k] % 64);
+                i += LANES;
+                continue;
+            }
+        }
+        for (k = 0; k < many; k++, i++) {
+            const uint64_t v = src[i], rel = lane_pfn(l, v) - l->extent_pfn;
+            if ((v & ~l->none_ignore) == l->none_value)
+                continue;
+            if (!(v & l->valid) || v & l->special || rel >= l->extent_len)
+                return i;
+            pages[rel / 64] |= LANE_BIT(rel % 64);
+        }
+    }
     return i;
 }
 

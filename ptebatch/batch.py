@@ -79,6 +79,8 @@ core_ns = 0
 NO_PFN = (1 << 64) - 1
 _NO_FOLIOS = FolioTable()
 MIN_POOL = 64
+THREADS_LEAST = 1 << 18
+"""Slots of page tables from which on several threads copy them sooner than one."""
 HELPERS = {name: number for number, name in enumerate(_core.HELPERS)}
 
 
@@ -327,6 +329,7 @@ def _copy(
     """
     layout, rules, fast = _layout_words(ctx.layout), _rule_words(ctx), _fast(ctx.folios)
     dst_row, src_row, nr_rows = rows
+    threads = ctx.threads if nr_rows * ctx.layout.ptrs_per_pte >= THREADS_LEAST else 1
     before = _allocations_left(ctx)
     state = np.array([0, 0, 0, before, has_rows], dtype=np.int64)
     pool = np.empty(0, dtype=np.uint64)
@@ -335,7 +338,7 @@ def _copy(
     while True:
         ret, pfn, near_limit, took = _core.py_copy_page_range(
             dst, src, vpns, dst_row, src_row, nr_rows, start, end, layout, rules, *_memmap(ctx.folios), swap._slots,
-            swap._counts, pool, rss, stats, state, fast,
+            swap._counts, pool, rss, stats, state, fast, threads,
         )  # fmt: skip
         core_ns += took
         ctx.folios._walked(pool[: state[2]], near_limit)

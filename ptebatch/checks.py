@@ -57,6 +57,10 @@ def as_int(name: str, value: Any) -> int:
         raise ArgumentError(f"{name} must be an integer, not {type(value).__name__}") from None
 
 
+MAX_THREADS = 64
+"""As many as _lane.h has room for."""
+
+
 def check_int(name: str, value: Any, low: int, high: int) -> int:
     """An integer with ``low <= value <= high``."""
     number = as_int(name, value)
@@ -176,6 +180,7 @@ def check_context(ctx: Any) -> ForkContext:
     check_layout(ctx.layout)
     check_pfn_without_page(ctx.pfn_without_page)
     check_batching(ctx.batching, ctx.semantics)
+    check_int("ctx.threads", ctx.threads, 1, MAX_THREADS)
     return ctx
 
 

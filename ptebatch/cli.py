@@ -536,6 +536,7 @@ def _check_plot(path: str, mode: str) -> None:
         "ptebatch fork --pid self --by-vma",
         "ptebatch fork --pid 1234 --freeze --semantics v6.8 --json",
         "ptebatch fork redis.ptes --impl reference --set mm_id=off --set large_reuse=never",
+        "ptebatch fork --workload size=64GiB,folio=64KiB --threads 2",
     )
 )
 def fork(
@@ -550,6 +551,9 @@ def fork(
     by_vma: ByVma = False,
     freeze: Freeze = False,
     swap: Swap = None,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, max=64, help="Copy page tables on so many CPUs; results are the same.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Fork an address space in the model, and count.
@@ -563,7 +567,7 @@ def fork(
 
     with _hints(pid), _progress("forking") as progress:
         batching = False if no_batching else None
-        plan = ForkPlan(source.mm, semantics=source.semantics, batching=batching, impl=impl)
+        plan = ForkPlan(source.mm, semantics=source.semantics, batching=batching, impl=impl, threads=threads)
         copied: list[tuple[Vma, Any]] = []
 
         def each(vma: Vma, counts: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ptebatch import arch
+from ptebatch import arch, checks
 from ptebatch.errors import ArgumentError, ForkError, SemanticsError
 from ptebatch.impls import resolve_batching, resolve_impl
 from ptebatch.mm import STAT_FIELDS, Allocations, ForkContext, Mm, Vma, configured, copy_state, new_stats
@@ -182,7 +182,7 @@ class ForkPlan:
     ----------
     mm : Mm
         The parent. ``run()`` changes its entries and the memmap as fork does.
-    semantics, batching, impl, pfn_without_page, fail_at
+    semantics, batching, impl, pfn_without_page, fail_at, threads
         See :func:`fork`.
     keep : bool
         Remember the state before the fork, so that ``reset()`` can bring it back.
@@ -198,11 +198,13 @@ class ForkPlan:
         pfn_without_page: Literal["error", "as_kernel"] = "error",
         keep: bool = False,
         fail_at: int | None = None,
+        threads: int = 1,
     ) -> None:
         if pfn_without_page not in ("error", "as_kernel"):
             raise ArgumentError(f"pfn_without_page={pfn_without_page!r}: choose 'error' or 'as_kernel'")
         if fail_at is not None and (type(fail_at) is not int or fail_at < 0):
             raise ArgumentError(f"fail_at={fail_at!r}: the number of an allocation, counted from 0, or None")
+        threads = checks.check_int("threads", threads, 1, checks.MAX_THREADS)
         mm.validate()
         self.mm = mm
         self.allocations = Allocations(fail_at)
@@ -242,6 +244,7 @@ class ForkPlan:
                 pfn_without_page=pfn_without_page,
                 src_mm_id=mm.mm_id,
                 allocations=self.allocations,
+                threads=threads,
             )
             self._vmas.append((dst_vma, context))
             if not is_hugetlb(src_vma):
@@ -380,6 +383,7 @@ def fork(
     impl: str = "core",
     pfn_without_page: Literal["error", "as_kernel"] = "error",
     fail_at: int | None = None,
+    threads: int = 1,
 ) -> ForkResult:
     """Fork an address space: ``dup_mmap`` over its VMAs, ``copy_page_range`` over their page tables.
 
@@ -402,6 +406,10 @@ def fork(
         outcome); each page table of the child, together with those above it; each table deposited with a PMD; each
         page for a pinned one, also where it turns out not to be needed; each hugetlb entry's table, and folio if it is
         copied; each continuation page of a swap map; and what comes after the memory, such as the pid.
+    threads : int
+        How many may copy page tables, 1 to 64; the core uses them where the tables of a VMA are many. Results are the
+        same. Tables that could need memory half-way (``fail_at``, pages that may be pinned) are copied by one, and so
+        are those of a VMA whose pages are mapped by tables of different threads.
 
     Returns
     -------
@@ -420,7 +428,8 @@ def fork(
         were, but what had been write-protected, shared or split in the parent stays so.
     """
     plan = ForkPlan(
-        mm, semantics=semantics, batching=batching, impl=impl, pfn_without_page=pfn_without_page, fail_at=fail_at
-    )
+        mm, semantics=semantics, batching=batching, impl=impl, pfn_without_page=pfn_without_page, fail_at=fail_at,
+        threads=threads,
+    )  # fmt: skip
     stats = plan.run()
     return ForkResult(plan.child, stats, semantics, plan.batching, plan.allocations.made)

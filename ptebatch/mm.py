@@ -395,6 +395,8 @@ class ForkContext:
         Counts what is allocated, and lets one allocation fail.
     has_first_table : bool
         The child has its page table for the start of the range already, from the VMA before.
+    threads : int
+        How many may copy page tables at the same time; the reference has no use for them.
     """
 
     layout: PteLayout
@@ -409,6 +411,7 @@ class ForkContext:
     src_mm_id: int = 0
     allocations: Allocations | None = None
     has_first_table: bool = False
+    threads: int = 1
 
 
 class WalkStats:

@@ -87,7 +87,7 @@ def py_copy_page_range(
     stats: I64,
     state: I64,
     fast: U64,
-    threads: int,
+    marks: U64,
 ) -> tuple[int, int, bool, int]: ...
 def py_check_range(
     table: U64,
@@ -105,6 +105,7 @@ def py_check_range(
     kinds: int,
     kinds_high: int,
     fast: U64,
+    marks: U64,
 ) -> tuple[int, int, int, int]: ...
 def py_wrprotect_range(
     table: U64,

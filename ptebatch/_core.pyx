@@ -78,8 +78,10 @@ cdef extern from "_lane.h" nogil:
     struct lane_rest:
         size_t from_slot "from"
         size_t until
-    size_t lane_threads(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, int nr, lane_rest **rests,
-                        size_t *nr_rests)
+    size_t lane_marks(const lane *l, const uint64_t *src, size_t n, size_t left, uint64_t *marks, size_t nr,
+                      size_t nr_words)
+    size_t lane_threads(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, const uint64_t *marks, size_t nr,
+                        size_t nr_words, lane_rest **rests, size_t *nr_rests)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1190,19 +1192,20 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
 
 
 cdef Py_ssize_t copy_by_threads(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[:, ::1] src, Py_ssize_t srow,
-                                Py_ssize_t *at, Py_ssize_t end, int threads, const pte_layout *L, const copy_rules *R,
-                                const memmap *M, swap_map *S, batch_scan *B, const uint64_t[::1] pool,
-                                Py_ssize_t *used, walk *W) except -1 nogil:
-    """Slots at[0].. of a table that ends at end, and of those behind it, for as long as the lane knows the entries.
-    at[0] follows as in copy_pte_range(); where threads cannot be used, it stays."""
+                                Py_ssize_t *at, Py_ssize_t end, const uint64_t[:, ::1] marks, const pte_layout *L,
+                                const copy_rules *R, const memmap *M, swap_map *S, batch_scan *B,
+                                const uint64_t[::1] pool, Py_ssize_t *used, walk *W) except -1 nogil:
+    """Slots at[0].. of a table that ends at end, and of those behind it, as far as the marks say; a thread for each row
+    of marks. at[0] follows as in copy_pte_range(); where threads cannot be used, it stays."""
     cdef Py_ssize_t ptrs = src.shape[1], begin = at[0], room = W.end - srow * ptrs - begin, last = W.end, ret = 0
     cdef Py_ssize_t row, idx, upto, ran
     cdef lane_rest *rests = NULL
     cdef size_t nr_rests = 0, k
     # Nothing may fail half-way, and a page that may be pinned takes another one out of the pool in the order of entries.
-    if W.allocations <= room or R.has_pinned or not W.fast.level or not W.fast.extent_len:
+    if W.allocations <= room or R.has_pinned or not W.fast.level:
         return 0
-    ran = lane_threads(W.fast, &src[srow, begin], &dst[drow, begin], room, end - begin, threads, &rests, &nr_rests)
+    ran = lane_threads(W.fast, &src[srow, begin], &dst[drow, begin], room, end - begin, &marks[0, 0], marks.shape[0],
+                       marks.shape[1], &rests, &nr_rests)
     for k in range(nr_rests):
         idx = begin + rests[k].from_slot
         upto = begin + rests[k].until
@@ -1780,6 +1783,13 @@ cdef inline bint near_limit(const walk *W) noexcept:
     return W.mapcounts >> (MAPCOUNT_BITS_ - 2) & 3 != 0
 
 
+cdef int check_marks(const lane *F, const uint64_t[:, ::1] marks) except -1:
+    if marks.shape[0] and (marks.shape[0] > LANE_THREADS or not F.extent_len
+                           or <size_t>marks.shape[1] != 1 + (F.extent_len + 63) // 64):
+        raise ValueError("marks are not of this memmap")
+    return 0
+
+
 cdef int check_stats(int64_t[::1] stats, Py_ssize_t nr_slots) except -1:
     if stats.shape[0] < N_STATS + nr_slots + 1:
         raise ValueError("stats is too short for this table")
@@ -1903,11 +1913,12 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
                        const int32_t[::1] sub not None, const uint64_t[::1] slots not None,
                        int64_t[::1] counts not None, const uint64_t[::1] pool not None, int64_t[::1] rss not None,
                        int64_t[::1] stats not None, int64_t[::1] state not None, const uint64_t[::1] fast not None,
-                       int threads):
+                       const uint64_t[:, ::1] marks not None):
     """Copy virtual pages start..end (page numbers) of nr_rows tables.
 
     state is [row, idx, pages used of the pool, allocations left, rows that the child has]: where to go on after
-    E_PREALLOC or E_SWAP_SLOT, and where the walk stopped.
+    E_PREALLOC or E_SWAP_SLOT, and where the walk stopped. marks are those of py_check_range() for the same pages; no
+    row: copy without threads.
     Returns (0, -EHWPOISON, -EBUSY, -ENOMEM or an E_ code; failing PFN; whether a mapcount is near its limit; the
     nanoseconds it took).
     """
@@ -1918,12 +1929,14 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     cdef lane F
     cdef Py_ssize_t ret = 0, row = state[0], at = state[1], used = state[2], stop, nr_hist = src.shape[1] + 1
     cdef Py_ssize_t ptrs = src.shape[1], has_rows = state[4], touched, first
+    cdef bint threads = marks.shape[0] > 1 and not state[0] and not state[1]
     cdef int64_t before, took = now_ns()
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef swap_map S = view_swap(slots, counts)
     check_stats(stats, ptrs)
     lane_memmap(&F, &M, fast)
-    if (dst.shape[1] != ptrs or state.shape[0] != 5 or threads > LANE_THREADS or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0
+    check_marks(&F, marks)
+    if (dst.shape[1] != ptrs or state.shape[0] != 5 or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0
             or dst_row < 0 or row < 0 or at < 0 or used < 0 or src_row + nr_rows > src.shape[0]
             or dst_row + nr_rows > dst.shape[0]
             or vpns.shape[0] != src.shape[0] or nr_rows and end <= vpns[src_row + nr_rows - 1]):
@@ -1960,10 +1973,10 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
             if stop > ptrs:
                 stop = ptrs
             first = at
-            if threads > 1:
-                ret = copy_by_threads(dst, dst_row + row, src, src_row + row, &at, stop, threads, &L, &R, &M, &S, &B,
+            if threads:
+                ret = copy_by_threads(dst, dst_row + row, src, src_row + row, &at, stop, marks, &L, &R, &M, &S, &B,
                                       pool, &used, &W)
-                threads = 1
+                threads = False
             if ret == 0 and at == first:
                 ret = copy_pte_range(dst, dst_row + row, src, src_row + row, &at, stop, stop, &L, &R, &M, &S, &B, pool,
                                      &used, &W)
@@ -1993,8 +2006,11 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
                    Py_ssize_t nr_rows, int64_t start, int64_t end, const uint64_t[::1] layout not None,
                    uint64_t[::1] words not None, uint64_t[::1] aux not None, const int32_t[::1] top not None,
                    const int32_t[::1] sub not None, bint as_kernel, uint64_t kinds, uint64_t kinds_high,
-                   const uint64_t[::1] fast not None):
-    """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy; the nanoseconds it took."""
+                   const uint64_t[::1] fast not None, uint64_t[:, ::1] marks not None):
+    """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy; the nanoseconds it took.
+
+    A thread for each row of marks, zeros that become how far it may copy (slots) and a bit for each page of the extent.
+    """
     cdef pte_layout L = read_layout(layout)
     cdef Py_ssize_t ret = 0, row, last, at = 0, stop, room, slots = table.shape[1]
     cdef uint64_t fail_pfn = NO_PFN
@@ -2002,11 +2018,13 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
     cdef int64_t where = 0, took = now_ns()
     cdef lane F
     lane_memmap(&F, &M, fast)
+    check_marks(&F, marks)
     if (first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]
             or nr_rows and end <= vpns[first_row + nr_rows - 1]):
         raise ValueError("rows out of range")
     with nogil:
         lane_entries(&F, &L)
+        F.ptrs = slots
         row = first_row
         last = first_row + nr_rows - 1
         while row <= last:
@@ -2014,6 +2032,11 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
                 at = start - vpns[row]
             stop = min(end - vpns[row], slots)
             room = (last - row) * slots + min(end - vpns[last], slots)
+            if marks.shape[0] > 1 and row == first_row and F.level:
+                at += lane_marks(&F, &table[row, at], room - at, stop - at, &marks[0, 0], marks.shape[0], marks.shape[1])
+                if at >= stop:
+                    go_on(&row, &at, slots)
+                    continue
             ret = check_table(table, row, &at, stop, room, &L, &M, &F, as_kernel, kinds, kinds_high, &fail_pfn)
             if ret:
                 where = vpns[row] + at

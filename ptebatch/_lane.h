@@ -138,7 +138,7 @@ struct lane {
     int large_mapcount, mm_id, large_ok;
     uint64_t page_mapcount, mm;
     /* threads: for each of the others a bit for every page of the extent that it maps too */
-    uint64_t *const *others;
+    const uint64_t *const *others;
     int nr_others;
     /* counters */
     int64_t *hist; /* by nr */
@@ -461,10 +461,11 @@ static inline size_t lane_check(const struct lane *l, const uint64_t *entries, s
 }
 
 /* --- threads --------------------------------------------------------------------------------------------------------
- * Each thread copies tables of its own. What they could have in common is folios: so each first marks the pages that its
- * tables map. Where no page is marked twice, a folio mapped whole belongs to one thread; for any other large folio the lane
- * looks for marks of the others. A batch that the lane does not copy is passed over, and left to copy_present_ptes() when
- * all threads are done: it has nothing to do with any other batch, so that the order makes no difference.
+ * Each thread has tables of its own. What they could have in common is folios: so in the read-only pass before the copy each
+ * marks the pages that its tables map. Where no page is marked twice, a folio mapped whole belongs to one thread; for any
+ * other large folio the lane looks for marks of the others. A batch that the lane does not copy is passed over, and left to
+ * copy_present_ptes() when all threads are done: it has nothing to do with any other batch, so that the order makes no
+ * difference.
  */
 enum { LANE_THREADS = 64, LANE_RESTS = 1024 };
 
@@ -475,32 +476,40 @@ struct lane_rest {
 
 struct lane_share {
     struct lane lane; /* with counts of its own */
+    const uint64_t *read; /* by lane_marks, which writes no entries */
     uint64_t *src, *dst;
-    size_t from, until, first; /* slots; where its first table ends */
-    size_t ahead;
-    uint64_t *pages, *others[LANE_THREADS - 1];
+    size_t n, from, until, first; /* slots: all, and its own; where its first table ends */
+    uint64_t *marks;
+    const uint64_t *others[LANE_THREADS - 1];
     struct lane_rest *rests;
     size_t nr_rests;
 };
 
+/* What thread k of nr has of n slots, the first table of which ends after `left`; n where the others have all. */
+static inline void lane_share_of(struct lane_share *s, size_t n, size_t left, size_t k, size_t nr)
+{
+    const size_t ptrs = s->lane.ptrs, each = (1 + (n - left + ptrs - 1) / ptrs + nr - 1) / nr;
+    const size_t from = k ? left + (k * each - 1) * ptrs : 0, until = left + ((k + 1) * each - 1) * ptrs;
+    s->n = n;
+    s->from = from < n ? from : n;
+    s->until = until < n ? until : n;
+    s->first = k ? from + ptrs : left;
+}
+
 static inline void *lane_share_mark(void *argument)
 {
     struct lane_share *s = argument;
-    const uint64_t *src = s->src + s->from;
+    const uint64_t *src = s->read + s->from;
     const size_t n = s->until - s->from;
-    size_t marked;
 #if LANE_X86
     if (s->lane.level == LANE_AVX512)
-        marked = lane_mark_avx512(&s->lane, src, n, s->pages);
+        s->until = lane_mark_avx512(&s->lane, src, n, s->marks);
     else if (s->lane.level == LANE_AVX2)
-        marked = lane_mark_avx2(&s->lane, src, n, s->pages);
+        s->until = lane_mark_avx2(&s->lane, src, n, s->marks);
     else
 #endif
-        marked = lane_mark_scalar(&s->lane, src, n, s->pages);
-    /* The table of the first entry that the lane does not know, and what follows, is not this thread's. */
-    marked += s->from;
-    if (marked < s->until)
-        s->until = marked < s->first ? s->from : marked - (marked - s->first) % s->lane.ptrs;
+        s->until = lane_mark_scalar(&s->lane, src, n, s->marks);
+    s->until += s->from;
     return NULL;
 }
 
@@ -520,17 +529,16 @@ static inline size_t lane_of_folio(const struct lane *l, const uint64_t *src, si
 static inline void *lane_share_run(void *argument)
 {
     struct lane_share *s = argument;
-    const size_t ptrs = s->lane.ptrs;
     size_t i = s->from, end = s->first;
     while (i < s->until) {
         while (end <= i)
-            end += ptrs;
+            end += s->lane.ptrs;
         end = end < s->until ? end : s->until;
-        i += lane_run(&s->lane, s->src + i, s->dst + i, s->until - i, end - i, s->ahead - i);
+        i += lane_run(&s->lane, s->src + i, s->dst + i, s->until - i, end - i, s->n - i);
         if (i >= s->until)
             break;
         while (end <= i)
-            end += ptrs;
+            end += s->lane.ptrs;
         s->rests[s->nr_rests].from = i;
         i = s->nr_rests + 1 < LANE_RESTS ? i + lane_of_folio(&s->lane, s->src, i, end < s->until ? end : s->until) : s->until;
         s->rests[s->nr_rests++].until = i;
@@ -555,12 +563,13 @@ static inline void lane_elsewhere(pthread_attr_t *attributes)
 }
 
 /* All shares at once: the first here, the others in threads, or here too where there is none to be had. */
-static inline void lane_shares(struct lane_share *shares, int nr, void *(*function)(void *))
+static inline void lane_shares(struct lane_share *shares, size_t nr, void *(*function)(void *))
 {
     pthread_t threads[LANE_THREADS];
-    int started[LANE_THREADS], k;
+    int started[LANE_THREADS];
     pthread_attr_t attributes;
     sigset_t all, before;
+    size_t k;
     pthread_attr_init(&attributes);
     lane_elsewhere(&attributes);
     sigfillset(&all);
@@ -578,53 +587,74 @@ static inline void lane_shares(struct lane_share *shares, int nr, void *(*functi
     }
 }
 
-/* As lane_run, by nr threads; n slots of several tables. Returns how many of them were dealt with, but for *nr_rests ranges
- * that were passed over (*rests, to be freed). Returns 0, with nothing done, if that cannot be. */
-static inline size_t lane_threads(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, int nr,
-                                  struct lane_rest **rests, size_t *nr_rests)
+/* The read-only pass over n slots by nr threads: how many from the front are none or map a page of the extent. Row k of
+ * marks, of nr_words words, becomes what lane_threads needs: how far thread k may go, and a bit for each page of the extent. */
+static inline size_t lane_marks(const struct lane *l, const uint64_t *src, size_t n, size_t left, uint64_t *marks, size_t nr,
+                                size_t nr_words)
 {
-    const size_t each = (1 + (n - left + l->ptrs - 1) / l->ptrs + (size_t)nr - 1) / (size_t)nr; /* tables */
-    const size_t nr_hist = l->ptrs + 1, nr_pages = (l->extent_len + 63) / 64;
-    struct lane_share *shares = calloc((size_t)nr, sizeof(*shares));
-    uint64_t *pages = calloc((size_t)nr * nr_pages, sizeof(*pages)), twice = 0;
-    int64_t *hists = calloc((size_t)nr * nr_hist, sizeof(*hists));
-    size_t done = 0, i;
-    int k, j;
-    *nr_rests = 0;
-    *rests = malloc((size_t)nr * LANE_RESTS * sizeof(**rests));
-    if (shares && pages && hists && *rests) {
+    struct lane_share *shares = calloc(nr, sizeof(*shares));
+    uint64_t twice = 0;
+    size_t done = 0, k, i;
+    if (!shares)
+        return 0;
+    for (k = 0; k < nr; k++) {
+        struct lane_share *s = shares + k;
+        s->lane = *l;
+        s->read = src;
+        s->marks = marks + k * nr_words + 1;
+        lane_share_of(s, n, left, k, nr);
+    }
+    lane_shares(shares, nr, lane_share_mark);
+    for (i = 1; i < nr_words; i++) {
+        uint64_t once = 0;
         for (k = 0; k < nr; k++) {
-            struct lane_share *s = shares + k;
-            const size_t from = k ? left + ((size_t)k * each - 1) * l->ptrs : 0, until = left + ((size_t)(k + 1) * each - 1) * l->ptrs;
-            s->lane = *l;
-            s->lane.none = s->lane.exclusive = s->lane.reads = s->lane.wrprotects = s->lane.wrprotected = 0;
-            memset(s->lane.rss, 0, sizeof(s->lane.rss));
-            s->lane.hist = hists + (size_t)k * nr_hist;
-            s->lane.others = s->others;
-            s->lane.nr_others = nr - 1;
-            s->src = src;
-            s->dst = dst;
-            s->from = from < n ? from : n;
-            s->until = until < n ? until : n;
-            s->first = k ? from + l->ptrs : left;
-            s->ahead = n;
-            s->pages = pages + (size_t)k * nr_pages;
-            for (j = 0; j < nr - 1; j++)
-                s->others[j] = pages + (size_t)(j < k ? j : j + 1) * nr_pages;
-            s->rests = *rests + (size_t)k * LANE_RESTS;
+            twice |= once & marks[k * nr_words + i];
+            once |= marks[k * nr_words + i];
         }
-        lane_shares(shares, nr, lane_share_mark);
-        for (i = 0; i < nr_pages; i++) {
-            uint64_t once = 0;
-            for (k = 0; k < nr; k++) {
-                twice |= once & shares[k].pages[i];
-                once |= shares[k].pages[i];
-            }
-        }
-        for (k = 0; k < nr && !twice && shares[k].from == done; k++)
-            done = shares[k].until;
-        for (; k < nr; k++)
-            shares[k].until = shares[k].from;
+    }
+    for (k = 0; k < nr; k++) {
+        struct lane_share *s = shares + k;
+        const size_t marked = s->until, behind = done < s->from;
+        lane_share_of(s, n, left, k, nr);
+        if (!behind)
+            done = marked;
+        /* The table of the first entry that the lane does not know is left out, and so is what follows. */
+        marks[k * nr_words] = twice || behind || marked < s->first ? s->from
+            : marked < s->until ? marked - (marked - s->first) % l->ptrs : marked;
+    }
+    free(shares);
+    return done;
+}
+
+/* As lane_run, by nr threads after lane_marks with the same slots, none of which has changed since. Returns how many were
+ * dealt with, but for *nr_rests ranges that were passed over (*rests, to be freed); 0 with nothing done if that cannot be. */
+static inline size_t lane_threads(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
+                                  const uint64_t *marks, size_t nr, size_t nr_words, struct lane_rest **rests, size_t *nr_rests)
+{
+    const size_t nr_hist = l->ptrs + 1;
+    struct lane_share *shares = calloc(nr, sizeof(*shares));
+    int64_t *hists = calloc(nr * nr_hist, sizeof(*hists));
+    size_t done = 0, k, i;
+    *nr_rests = 0;
+    *rests = malloc(nr * LANE_RESTS * sizeof(**rests));
+    for (k = 0; shares && hists && *rests && k < nr; k++) {
+        struct lane_share *s = shares + k;
+        s->lane = *l;
+        s->lane.none = s->lane.exclusive = s->lane.reads = s->lane.wrprotects = s->lane.wrprotected = 0;
+        memset(s->lane.rss, 0, sizeof(s->lane.rss));
+        s->lane.hist = hists + k * nr_hist;
+        s->lane.others = s->others;
+        s->lane.nr_others = (int)nr - 1;
+        s->src = src;
+        s->dst = dst;
+        s->rests = *rests + k * LANE_RESTS;
+        for (i = 0; i + 1 < nr; i++)
+            s->others[i] = marks + (i < k ? i : i + 1) * nr_words + 1;
+        lane_share_of(s, n, left, k, nr);
+        if (done == s->from && marks[k * nr_words] >= s->from && marks[k * nr_words] <= s->until)
+            done = s->until = marks[k * nr_words];
+        else
+            s->until = s->from;
     }
     if (done) {
         lane_shares(shares, nr, lane_share_run);
@@ -636,8 +666,8 @@ static inline size_t lane_threads(struct lane *l, uint64_t *src, uint64_t *dst, 
             l->wrprotects += mine->wrprotects;
             l->wrprotected += mine->wrprotected;
             l->mapcounts |= mine->mapcounts;
-            for (j = 0; j < 4; j++)
-                l->rss[j] += mine->rss[j];
+            for (i = 0; i < 4; i++)
+                l->rss[i] += mine->rss[i];
             for (i = 0; i < nr_hist; i++)
                 l->hist[i] += mine->hist[i];
             memmove(*rests + *nr_rests, shares[k].rests, shares[k].nr_rests * sizeof(**rests));
@@ -645,7 +675,6 @@ static inline size_t lane_threads(struct lane *l, uint64_t *src, uint64_t *dst, 
         }
     }
     free(hists);
-    free(pages);
     free(shares);
     return done;
 }

@@ -554,28 +554,43 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
     return i;
 }
 
-/* Set the bit of each page of the extent that n entries map; returns how many from the front are none or map such pages. */
+/* Set the bits of the pages that LANES entries map; nonzero, and nothing done, if one of them maps none of the extent. */
+LANE_TARGET LANE_INLINE int LANE(lane_mark_pages)(const struct lane *l, const uint64_t *src, uint64_t *pages)
+{
+    uint64_t at[LANES];
+    V bad, place = LANE(lane_extent)(l, LANE(load)(src), &bad);
+    size_t k;
+    lane_stream(src, LANES);
+    if (LANE(nonzero)(bad))
+        return 1;
+    LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
+    if (LANES > 1 && at[0] % 64 <= 64 - LANES && at[LANES - 1] - at[0] == LANES - 1
+        && !LANE(nonzero)(LANE(xor)(place, LANE(ramp)(at[0] << LANE_PFN_SHIFT, LANE_BIT(LANE_PFN_SHIFT))))) {
+        pages[at[0] / 64] |= (LANE_BIT(LANES) - 1) << at[0] % 64;
+        return 0;
+    }
+    for (k = 0; k < LANES; k++)
+        pages[at[k] / 64] |= LANE_BIT(at[k] % 64);
+    return 0;
+}
+
+/* Set the bits of the pages of the extent that n entries map; returns how many from the front are none or map such pages. */
 LANE_TARGET static size_t LANE(lane_mark)(const struct lane *l, const uint64_t *src, size_t n, uint64_t *pages)
 {
-    const V step = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT));
-    uint64_t at[LANES];
+    const size_t part = n / LANE_STREAMS & ~(size_t)(LANES - 1);
     size_t i = 0, k;
+    int bad = 0;
+    if (part >= LANE_LONG) { /* several streams, as in lane_check */
+        for (; i < part && !bad; i += LANES)
+            for (k = 0; k < LANE_STREAMS; k++)
+                bad |= LANE(lane_mark_pages)(l, src + i + k * part, pages);
+        i = bad ? i - LANES : LANE_STREAMS * part;
+    }
     while (i < n) {
         const size_t many = i + LANES <= n ? LANES : 1;
-        if (many > 1 || LANES == 1) {
-            V bad, place = LANE(lane_extent)(l, LANE(load)(src + i), &bad);
-            lane_stream(src + i, LANES);
-            if (LANE_LIKELY(!LANE(nonzero)(bad))) {
-                LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
-                if (at[0] % 64 <= 64 - LANES
-                    && !LANE(nonzero)(LANE(xor)(place, LANE(add)(LANE(set)(at[0] << LANE_PFN_SHIFT), step))))
-                    pages[at[0] / 64] |= (LANE_BIT(LANES) - 1) << at[0] % 64;
-                else
-                    for (k = 0; k < LANES; k++)
-                        pages[at[k] / 64] |= LANE_BIT(at[k] % 64);
-                i += LANES;
-                continue;
-            }
+        if ((many > 1 || LANES == 1) && !LANE(lane_mark_pages)(l, src + i, pages)) {
+            i += LANES;
+            continue;
         }
         for (k = 0; k < many; k++, i++) {
             const uint64_t v = src[i], rel = lane_pfn(l, v) - l->extent_pfn;

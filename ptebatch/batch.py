@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ptebatch import _core, arch, checks, folio, swap
+from ptebatch import _core, arch, checks, folio, memory, swap
 from ptebatch.arch import PteLayout
 from ptebatch.checks import BatchResult
 from ptebatch.errors import ArgumentError, PfnError, StateError
@@ -81,6 +81,7 @@ _NO_FOLIOS = FolioTable()
 MIN_POOL = 64
 THREADS_LEAST = 1 << 18
 """Slots of page tables from which on several threads copy them sooner than one."""
+_NO_MARKS = np.empty((0, 0), dtype=np.uint64)
 HELPERS = {name: number for number, name in enumerate(_core.HELPERS)}
 
 
@@ -329,7 +330,7 @@ def _copy(
     """
     layout, rules, fast = _layout_words(ctx.layout), _rule_words(ctx), _fast(ctx.folios)
     dst_row, src_row, nr_rows = rows
-    threads = ctx.threads if nr_rows * ctx.layout.ptrs_per_pte >= THREADS_LEAST else 1
+    marks = _NO_MARKS if ctx.marks is None else ctx.marks
     before = _allocations_left(ctx)
     state = np.array([0, 0, 0, before, has_rows], dtype=np.int64)
     pool = np.empty(0, dtype=np.uint64)
@@ -338,7 +339,7 @@ def _copy(
     while True:
         ret, pfn, near_limit, took = _core.py_copy_page_range(
             dst, src, vpns, dst_row, src_row, nr_rows, start, end, layout, rules, *_memmap(ctx.folios), swap._slots,
-            swap._counts, pool, rss, stats, state, fast, threads,
+            swap._counts, pool, rss, stats, state, fast, marks,
         )  # fmt: skip
         core_ns += took
         ctx.folios._walked(pool[: state[2]], near_limit)
@@ -396,25 +397,48 @@ def copy_page_range(
     return -ENOMEM if ret else 0
 
 
+def _marks(mm: Mm, nr_slots: int, threads: int) -> U64:
+    """Room for the marks of several threads, or of none where they are not worth it: few slots, or of much memory."""
+    nr_pages = mm.folios.extent()[1]
+    if threads == 1 or not nr_pages or mm.has_pinned or nr_slots < max(THREADS_LEAST, nr_pages // 64):
+        return _NO_MARKS
+    return memory.zeros(threads, 1 + (nr_pages + 63) // 64)
+
+
 def check_range(
-    mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str = "error", semantics: KernelSemantics = LATEST
-) -> None:
-    """The read-only pass before a fork; see :func:`ptebatch.reference.check_range`."""
+    mm: Mm,
+    vmas: Iterable[Vma],
+    *,
+    pfn_without_page: str = "error",
+    semantics: KernelSemantics = LATEST,
+    threads: int = 1,
+) -> dict[int, U64]:
+    """The read-only pass before a fork; see :func:`ptebatch.reference.check_range`.
+
+    With several threads it returns, by the start of VMAs, what `ForkContext.marks` holds; it is of use for as long as
+    nothing changes.
+    """
     checks.check_pfn_without_page(pfn_without_page)
     checks.check_array("mm.entries", mm.entries, np.uint64, (len(mm.vpns), mm.layout.ptrs_per_pte), False)
     layout, memmap, fast = _layout_words(mm.layout), _memmap(mm.folios), _fast(mm.folios)
     swap_rules = _swap_rules(semantics)
     shift = mm.layout.page_shift
+    found: dict[int, U64] = {}
     global core_ns
     for vma in vmas:
         first, last = mm.rows(vma.start, vma.end)
+        marks = _marks(mm, (last - first) * mm.layout.ptrs_per_pte, threads)
         ret, vpn, pfn, took = _core.py_check_range(
             mm.entries, mm.vpns, first, last - first, vma.start >> shift, vma.end >> shift, layout, *memmap,
             pfn_without_page == "as_kernel", swap_rules["swp_kinds"], swap_rules["swp_kinds_high"], fast,
+            marks,
         )  # fmt: skip
         core_ns += took
         if ret:
             _raise(ret, mm.layout, mm.pte(vpn << shift), vpn << shift, pfn)
+        if len(marks):
+            found[vma.start] = marks
+    return found
 
 
 def wrprotect_range(

@@ -180,7 +180,6 @@ def check_context(ctx: Any) -> ForkContext:
     check_layout(ctx.layout)
     check_pfn_without_page(ctx.pfn_without_page)
     check_batching(ctx.batching, ctx.semantics)
-    check_int("ctx.threads", ctx.threads, 1, MAX_THREADS)
     return ctx
 
 

@@ -204,7 +204,7 @@ class ForkPlan:
             raise ArgumentError(f"pfn_without_page={pfn_without_page!r}: choose 'error' or 'as_kernel'")
         if fail_at is not None and (type(fail_at) is not int or fail_at < 0):
             raise ArgumentError(f"fail_at={fail_at!r}: the number of an allocation, counted from 0, or None")
-        threads = checks.check_int("threads", threads, 1, checks.MAX_THREADS)
+        self.threads = checks.check_int("threads", threads, 1, checks.MAX_THREADS)
         mm.validate()
         self.mm = mm
         self.allocations = Allocations(fail_at)
@@ -244,7 +244,6 @@ class ForkPlan:
                 pfn_without_page=pfn_without_page,
                 src_mm_id=mm.mm_id,
                 allocations=self.allocations,
-                threads=threads,
             )
             self._vmas.append((dst_vma, context))
             if not is_hugetlb(src_vma):
@@ -275,11 +274,12 @@ class ForkPlan:
             The fork failed as the kernel's does (``errno`` is ENOMEM), and the child has been torn down.
         """
         vmas = [context.src_vma for context in self.contexts]
-        self.impl.check_range(
+        self._marks = self.impl.check_range(
             self.mm,
             [vma for vma in vmas if not is_hugetlb(vma)],
             pfn_without_page=self.pfn_without_page,
             semantics=self.semantics,
+            threads=self.threads,
         )
         if len(self._pmd_vpns):
             for vma in vmas:
@@ -354,6 +354,8 @@ class ForkPlan:
             if int(self.mm.vpns[first]) == self._last_table:
                 context = replace(context, has_first_table=True)
             self._last_table = int(self.mm.vpns[last - 1])
+        if (start, end) == (context.src_vma.start, context.src_vma.end):
+            context = replace(context, marks=self._marks.get(start))
         ret: int = self.impl.copy_page_range(context, self.child, self.mm, stats, start, end)
         return ret
 

@@ -395,8 +395,9 @@ class ForkContext:
         Counts what is allocated, and lets one allocation fail.
     has_first_table : bool
         The child has its page table for the start of the range already, from the VMA before.
-    threads : int
-        How many may copy page tables at the same time; the reference has no use for them.
+    marks : numpy.ndarray, optional
+        uint64[threads, n], from `ptebatch.batch.check_range`: how several threads may share the page tables of the VMA.
+        The reference has no use for them.
     """
 
     layout: PteLayout
@@ -411,7 +412,7 @@ class ForkContext:
     src_mm_id: int = 0
     allocations: Allocations | None = None
     has_first_table: bool = False
-    threads: int = 1
+    marks: U64 | None = None
 
 
 class WalkStats:

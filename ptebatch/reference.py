@@ -1017,8 +1017,13 @@ def copy_page_range(
 
 
 def check_range(
-    mm: Mm, vmas: Iterable[Vma], *, pfn_without_page: str = "error", semantics: KernelSemantics = LATEST
-) -> None:
+    mm: Mm,
+    vmas: Iterable[Vma],
+    *,
+    pfn_without_page: str = "error",
+    semantics: KernelSemantics = LATEST,
+    threads: int = 1,
+) -> dict[int, U64]:
     """Look for entries that cannot be copied; change nothing.
 
     Parameters
@@ -1030,6 +1035,13 @@ def check_range(
         Whether a PFN without a page is an error, or passed over as the kernel would.
     semantics : KernelSemantics
         Says what swap types mean.
+    threads : int
+        The core's; here there is one.
+
+    Returns
+    -------
+    dict of int to numpy.ndarray
+        What the core's threads need; here nothing.
 
     Raises
     ------
@@ -1055,6 +1067,7 @@ def check_range(
                         raise PfnError(pfn=pfn, address=addr)
                     continue
                 _vm_normal_page(mm.folios, mm.layout, pte, pfn_without_page, addr)
+    return {}
 
 
 def _tables(mm: Mm, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

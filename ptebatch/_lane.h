@@ -594,7 +594,7 @@ static inline size_t lane_marks(const struct lane *l, const uint64_t *src, size_
 {
     struct lane_share *shares = calloc(nr, sizeof(*shares));
     uint64_t twice = 0;
-    size_t done = 0, k, i;
+    size_t done = 0, k, i, from, some;
     if (!shares)
         return 0;
     for (k = 0; k < nr; k++) {
@@ -605,11 +605,15 @@ static inline size_t lane_marks(const struct lane *l, const uint64_t *src, size_
         lane_share_of(s, n, left, k, nr);
     }
     lane_shares(shares, nr, lane_share_mark);
-    for (i = 1; i < nr_words; i++) {
-        uint64_t once = 0;
+    for (from = 1; from < nr_words; from += some) {
+        uint64_t once[512] = { 0 };
+        some = nr_words - from < 512 ? nr_words - from : 512;
         for (k = 0; k < nr; k++) {
-            twice |= once & marks[k * nr_words + i];
-            once |= marks[k * nr_words + i];
+            const uint64_t *mine = marks + k * nr_words + from;
+            for (i = 0; i < some; i++) {
+                twice |= once[i] & mine[i];
+                once[i] |= mine[i];
+            }
         }
     }
     for (k = 0; k < nr; k++) {

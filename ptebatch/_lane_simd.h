@@ -554,42 +554,60 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
     return i;
 }
 
-/* Set the bits of the pages that LANES entries map; nonzero, and nothing done, if one of them maps none of the extent. */
+/* Set the bits of the pages that 2 * LANES entries map; nonzero, and none or not all set, if one maps none of the extent. */
 LANE_TARGET LANE_INLINE int LANE(lane_mark_pages)(const struct lane *l, const uint64_t *src, uint64_t *pages)
 {
-    uint64_t at[LANES];
-    V bad, place = LANE(lane_extent)(l, LANE(load)(src), &bad);
+    const V first = LANE(load)(src), second = LANE(load)(src + LANES), ramp = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT));
+    const V same = LANE(add)(LANE(set)(src[0]), ramp), next = LANE(set)((uint64_t)LANES << LANE_PFN_SHIFT);
+    const V differ = LANE(or)(LANE(xor)(first, same), LANE(xor)(second, LANE(add)(same, next)));
+    const uint64_t rel = ((src[0] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn;
+    uint64_t at[2 * LANES];
+    V bad, place;
     size_t k;
-    lane_stream(src, LANES);
-    if (LANE(nonzero)(bad))
-        return 1;
-    LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
-    if (LANES > 1 && at[0] % 64 <= 64 - LANES && at[LANES - 1] - at[0] == LANES - 1
-        && !LANE(nonzero)(LANE(xor)(place, LANE(ramp)(at[0] << LANE_PFN_SHIFT, LANE_BIT(LANE_PFN_SHIFT))))) {
-        pages[at[0] / 64] |= (LANE_BIT(LANES) - 1) << at[0] % 64;
+    lane_stream(src, 2 * LANES);
+    if (!LANE(nonzero)(differ) && src[0] & l->valid && !(src[0] & l->special) && rel < l->extent_len
+        && 2 * LANES <= l->extent_len - rel && rel % 64 <= 64 - 2 * LANES) {
+        pages[rel / 64] |= (LANE_BIT(2 * LANES) - 1) << rel % 64;
         return 0;
     }
-    for (k = 0; k < LANES; k++)
-        pages[at[k] / 64] |= LANE_BIT(at[k] % 64);
+    for (k = 0; k < 2; k++) {
+        place = LANE(lane_extent)(l, k ? second : first, &bad);
+        if (LANE(nonzero)(bad))
+            return 1;
+        LANE(store)(at + k * LANES, LANE(shr)(place, LANE_PFN_SHIFT));
+    }
+    k = 0;
+#if LANES > 1
+    for (; k < 2 * LANES && at[1] == at[0] + 1; k += 4) { /* folios of 4 pages */
+        const uint64_t apart = (at[k + 1] - at[k] - 1) | (at[k + 2] - at[k] - 2) | (at[k + 3] - at[k] - 3);
+        if (apart || at[k] % 64 > 60)
+            break;
+        pages[at[k] / 64] |= (uint64_t)15 << at[k] % 64;
+    }
+#endif
+    if (k < 2 * LANES)
+        for (k = 0; k < 2 * LANES; k++)
+            pages[at[k] / 64] |= LANE_BIT(at[k] % 64);
     return 0;
 }
 
 /* Set the bits of the pages of the extent that n entries map; returns how many from the front are none or map such pages. */
-LANE_TARGET static size_t LANE(lane_mark)(const struct lane *l, const uint64_t *src, size_t n, uint64_t *pages)
+LANE_TARGET static size_t LANE(lane_mark)(const struct lane *shared, const uint64_t *src, size_t n, uint64_t *pages)
 {
-    const size_t part = n / LANE_STREAMS & ~(size_t)(LANES - 1);
+    const struct lane local = *shared, *l = &local; /* as in lane_run */
+    const size_t part = n / LANE_STREAMS & ~(size_t)(2 * LANES - 1);
     size_t i = 0, k;
     int bad = 0;
     if (part >= LANE_LONG) { /* several streams, as in lane_check */
-        for (; i < part && !bad; i += LANES)
+        for (; i < part && !bad; i += 2 * LANES)
             for (k = 0; k < LANE_STREAMS; k++)
                 bad |= LANE(lane_mark_pages)(l, src + i + k * part, pages);
-        i = bad ? i - LANES : LANE_STREAMS * part;
+        i = bad ? i - 2 * LANES : LANE_STREAMS * part;
     }
     while (i < n) {
-        const size_t many = i + LANES <= n ? LANES : 1;
-        if ((many > 1 || LANES == 1) && !LANE(lane_mark_pages)(l, src + i, pages)) {
-            i += LANES;
+        const size_t many = i + 2 * LANES <= n ? 2 * LANES : 1;
+        if (many > 1 && !LANE(lane_mark_pages)(l, src + i, pages)) {
+            i += many;
             continue;
         }
         for (k = 0; k < many; k++, i++) {

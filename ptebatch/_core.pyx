@@ -1201,11 +1201,11 @@ cdef Py_ssize_t copy_by_threads(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[
     cdef Py_ssize_t row, idx, upto, ran
     cdef lane_rest *rests = NULL
     cdef size_t nr_rests = 0, k
-    # Nothing may fail half-way, and a page that may be pinned takes another one out of the pool in the order of entries.
+    # Nothing may fail half-way, and for pages that may be pinned others are taken in the order of entries.
     if W.allocations <= room or R.has_pinned or not W.fast.level:
         return 0
-    ran = lane_threads(W.fast, &src[srow, begin], &dst[drow, begin], room, end - begin, &marks[0, 0], marks.shape[0],
-                       marks.shape[1], &rests, &nr_rests)
+    ran = lane_threads(W.fast, &src[srow, begin], &dst[drow, begin], room, end - begin, &marks[0, 0],
+                       marks.shape[0], marks.shape[1], &rests, &nr_rests)
     for k in range(nr_rests):
         idx = begin + rests[k].from_slot
         upto = begin + rests[k].until
@@ -2033,7 +2033,8 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
             stop = min(end - vpns[row], slots)
             room = (last - row) * slots + min(end - vpns[last], slots)
             if marks.shape[0] > 1 and row == first_row and F.level:
-                at += lane_marks(&F, &table[row, at], room - at, stop - at, &marks[0, 0], marks.shape[0], marks.shape[1])
+                at += lane_marks(&F, &table[row, at], room - at, stop - at, &marks[0, 0], marks.shape[0],
+                                 marks.shape[1])
                 if at >= stop:
                     go_on(&row, &at, slots)
                     continue

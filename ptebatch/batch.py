@@ -79,8 +79,8 @@ core_ns = 0
 NO_PFN = (1 << 64) - 1
 _NO_FOLIOS = FolioTable()
 MIN_POOL = 64
-THREADS_LEAST = 1 << 18
-"""Slots of page tables from which on several threads copy them sooner than one."""
+THREAD_SLOTS = 1 << 19
+"""Slots of page tables for each thread: with fewer, it takes longer to start it than it saves."""
 _NO_MARKS = np.empty((0, 0), dtype=np.uint64)
 HELPERS = {name: number for number, name in enumerate(_core.HELPERS)}
 
@@ -397,12 +397,19 @@ def copy_page_range(
     return -ENOMEM if ret else 0
 
 
+def _cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _marks(mm: Mm, nr_slots: int, threads: int) -> U64:
-    """Room for the marks of several threads, or of none where they are not worth it: few slots, or of much memory."""
+    """Room for the marks of as many threads as are worth it: none for few slots, or where marks take much memory."""
     nr_pages = mm.folios.extent()[1]
-    if threads == 1 or not nr_pages or mm.has_pinned or nr_slots < max(THREADS_LEAST, nr_pages // 64):
+    threads = min(threads, nr_slots // THREAD_SLOTS)
+    if threads < 2 or not nr_pages or nr_pages > 64 * nr_slots or mm.has_pinned:
         return _NO_MARKS
-    return memory.zeros(threads, 1 + (nr_pages + 63) // 64)
+    threads = min(threads, _cpus())
+    return memory.zeros(threads, 1 + (nr_pages + 63) // 64) if threads > 1 else _NO_MARKS
 
 
 def check_range(

@@ -409,9 +409,10 @@ def fork(
         page for a pinned one, also where it turns out not to be needed; each hugetlb entry's table, and folio if it is
         copied; each continuation page of a swap map; and what comes after the memory, such as the pid.
     threads : int
-        How many may copy page tables, 1 to 64; the core uses them where the tables of a VMA are many. Results are the
-        same. Tables that could need memory half-way (``fail_at``, pages that may be pinned) are copied by one, and so
-        are those of a VMA whose pages are mapped by tables of different threads.
+        How many may copy the page tables of a VMA, 1 to 64; the core takes as many as there are CPUs, and tables enough
+        to be worth it. Results are the same, but after a StateError more may have been copied. One thread does what
+        could lack memory half-way (``fail_at``, pages that may be pinned), and VMAs in which tables of several threads
+        map the same page.
 
     Returns
     -------

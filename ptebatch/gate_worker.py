@@ -260,8 +260,8 @@ def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a line for each process, after one that says which of the ``cases`` are ``missing`` here and why.
 
     In ``mode`` ``run`` each case is run in a process. In ``mode`` ``time`` there are ``processes``, and every line on
-    stdin is the number of one that is to take the time of all cases, the shortest of ``runs`` runs. ``slower`` is by how
-    much of its time a case is to be slower.
+    stdin is the number of one that is to take the time of all cases, the shortest of ``runs`` runs. ``slower`` is by
+    how much of its time a case is to be slower.
     """
     gc.disable()
     prepared: dict[str, Prepared] = {}

@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ptebatch import arch, checks
 from ptebatch.arch import PteLayout
@@ -1023,7 +1024,7 @@ def check_range(
     pfn_without_page: str = "error",
     semantics: KernelSemantics = LATEST,
     threads: int = 1,
-) -> dict[int, U64]:
+) -> dict[int, npt.NDArray[np.uint64]]:
     """Look for entries that cannot be copied; change nothing.
 
     Parameters

@@ -295,8 +295,11 @@ class ForkCheck:
             raise StateError(f"the benchmark's fork went wrong: {', '.join(broken)}; please report this")
 
 
-def _plan(mm: Mm, semantics: KernelSemantics, *, batching: bool | None = None, keep: bool = True) -> ForkPlan:
-    return ForkPlan(mm, semantics=semantics, batching=batching, keep=keep)
+def _plan(
+    mm: Mm, semantics: KernelSemantics, *, batching: bool | None = None, keep: bool = True, threads: int = 1
+) -> ForkPlan:
+    """Plan a fork on one thread, as everything it is compared with runs on one."""
+    return ForkPlan(mm, semantics=semantics, batching=batching, keep=keep, threads=threads)
 
 
 def core_clock() -> int:
@@ -703,6 +706,8 @@ def run_limit(
         mm = Workload(size=bytes_, folio=folio).build()
         cases = memory_cases(mm, semantics)
         with_target = order in TARGET_ORDERS
+        if with_target or order == "mixed":
+            cases += _thread_cases(mm, semantics)
         if bytes_ == GIB and with_target:
             cases += _level_cases(mm, semantics)
         if bytes_ <= GIB and (peers or (bytes_ == GIB and with_target)):
@@ -732,11 +737,22 @@ def _missing(found: list[Row], todo: Iterable[tuple[int, tuple[int, ...], int]])
         notes.append("no figures of Numba, which is not installed: pip install 'ptebatch[numba]'")
     if gib and not any(row.get("level") == "avx2" for row in found):
         notes.append("no figures of AVX2 beside AVX-512: this CPU lacks one, or PTEBATCH_SIMD chose another level")
+    if not any("threads" in row for row in found) and (os.cpu_count() or 1) < THREADS:
+        notes.append(f"no figures of {THREADS} threads: there is one CPU")
     return notes
 
 
 def _order_of(folio: Sequence[int]) -> int | str:
     return _order(folio[0]) if len(folio) == 1 else "mixed"
+
+
+def _thread_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
+    """Return the batched path on two threads, where there are two CPUs."""
+    if (os.cpu_count() or 1) < THREADS:
+        return []
+    case = core_case(_plan(mm, semantics, threads=THREADS))
+    case.row["threads"] = THREADS
+    return [case]
 
 
 def _level_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:

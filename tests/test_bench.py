@@ -149,7 +149,7 @@ def test_limit_rows_have_their_targets(monkeypatch):
 
 def test_limit_measures_mixed_folios_and_every_order_by_default():
     done = bench.run_limit(size=16 << 20, rounds=1)
-    assert done["notes"] == []
+    assert [note for note in done["notes"] if "threads" not in note] == []  # there may be one CPU
     rows = done["rows"]
     assert {row["order"] for row in rows} == {*range(10), "mixed"}
     assert {row["folio_bytes"] for row in rows if row["order"] == "mixed"} == {None}
@@ -212,7 +212,7 @@ def test_every_figure_that_has_a_target_is_measured(little):
     assert batched[0]["metadata_bytes_per_page"] == batched[0]["must_metadata_bytes_per_page"] == 16
     assert 0 < batched[0]["index_bytes_per_page"] < 20
 
-    if "threads" in found:
+    if (os.cpu_count() or 1) > 1:
         assert orders["threads"] == [0, 2, 4, 9, "mixed"]
         for row in found["threads"]:
             assert (row["threads"], row["source"], row["path"], row["must"]) == (2, "core", "batched", None)
@@ -253,7 +253,7 @@ def test_what_cannot_be_measured_is_said(little, monkeypatch):
     monkeypatch.setattr(bench, "available", lambda: (bench.NAIVE,))
     monkeypatch.setattr(bench, "simd_level", lambda: "scalar")
     done = bench.run_limit(size=little, folios=(4096,), rounds=1)
-    assert [re.findall("Numba|AVX2|threads", note)[:1] for note in done["notes"]] == [["Numba"], ["AVX2"]]
+    assert [re.findall("Numba|AVX2|threads", note)[:1] for note in done["notes"]] == [["Numba"], ["AVX2"], ["threads"]]
 
 
 def test_all_rights_are_taken_away_and_the_pages_stay():

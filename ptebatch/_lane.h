@@ -28,6 +28,8 @@
  *
  * Write-protection needs of a folio only its size: lane_protect_run.
  *
+ * Several threads may run the lane over tables of their own: lane_marks and lane_threads, at the end.
+ *
  * _lane_simd.h holds these functions once; it is included below for each level with that level's vector operations. Loops
  * that are not about many entries at once are plain C further down. Each entry is read once per pass, and a page's index
  * is bounds-checked after it was read, so that a concurrent writer can spoil results but not reach outside the arrays.

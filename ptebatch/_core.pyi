@@ -17,6 +17,7 @@ SWP_KINDS: tuple[str, ...]
 RESULTS: dict[str, int]
 SIMD_LEVELS: dict[str, int]
 SIMD_SUPPORTED: tuple[str, ...]
+MARKS_HEAD: int
 
 def py_folio_pte_batch(
     table: U64,

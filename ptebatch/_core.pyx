@@ -74,7 +74,7 @@ cdef extern from "_lane.h" nogil:
     size_t lane_run(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, size_t ahead)
     size_t lane_protect_run(lane *l, uint64_t *src, size_t n, size_t left, size_t ahead)
     size_t lane_check(const lane *l, const uint64_t *entries, size_t n)
-    enum: LANE_THREADS
+    enum: LANE_THREADS, LANE_MARKS
     struct lane_rest:
         size_t from_slot "from"
         size_t until
@@ -299,6 +299,7 @@ MEMMAP_CONSTANTS = {
     "SECTION_SHIFT": SECTION_SHIFT_, "TOP_SHIFT": TOP_SHIFT_,
 }
 SIMD_LEVELS = {"off": LANE_OFF, "scalar": LANE_SCALAR, "avx2": LANE_AVX2, "avx512": LANE_AVX512}
+MARKS_HEAD = LANE_MARKS
 SIMD_SUPPORTED = tuple(name for name, level in SIMD_LEVELS.items() if lane_supported(level))
 RESULTS = {"E_NO_PAGE": E_NO_PAGE, "E_OVERFLOW": E_OVERFLOW, "E_UNSUPPORTED": E_UNSUPPORTED,
            "E_PREALLOC": E_PREALLOC, "E_GEOMETRY": E_GEOMETRY, "E_SWAP_SLOT": E_SWAP_SLOT,
@@ -1206,22 +1207,22 @@ cdef Py_ssize_t copy_by_threads(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[
         return 0
     ran = lane_threads(W.fast, &src[srow, begin], &dst[drow, begin], room, end - begin, &marks[0, 0],
                        marks.shape[0], marks.shape[1], &rests, &nr_rests)
-    for k in range(nr_rests):
-        idx = begin + rests[k].from_slot
-        upto = begin + rests[k].until
-        W.end = srow * ptrs + upto
-        while idx < upto:
-            row = idx // ptrs
-            at[0] = idx % ptrs
-            ret = copy_pte_range(dst, drow + row, src, srow + row, at, min(upto - row * ptrs, ptrs),
-                                 min(begin + room - row * ptrs, ptrs), L, R, M, S, B, pool, used, W)
-            idx = row * ptrs + at[0]
+    try:
+        for k in range(nr_rests):
+            idx = begin + rests[k].from_slot
+            upto = begin + rests[k].until
+            W.end = srow * ptrs + upto
+            while idx < upto and not ret:
+                row = idx // ptrs
+                at[0] = idx % ptrs
+                ret = copy_pte_range(dst, drow + row, src, srow + row, at, min(upto - row * ptrs, ptrs),
+                                     min(begin + room - row * ptrs, ptrs), L, R, M, S, B, pool, used, W)
+                idx = row * ptrs + at[0]
             if ret:
                 break
-        if ret:
-            break
+    finally:
+        free(rests)
     W.end = last
-    free(rests)
     at[0] = idx if ret else begin + ran
     return ret
 
@@ -1783,11 +1784,10 @@ cdef inline bint near_limit(const walk *W) noexcept:
     return W.mapcounts >> (MAPCOUNT_BITS_ - 2) & 3 != 0
 
 
-cdef int check_marks(const lane *F, const uint64_t[:, ::1] marks) except -1:
-    if marks.shape[0] and (marks.shape[0] > LANE_THREADS or not F.extent_len
-                           or <size_t>marks.shape[1] != 1 + (F.extent_len + 63) // 64):
-        raise ValueError("marks are not of this memmap")
-    return 0
+cdef bint fits(const lane *F, const uint64_t[:, ::1] marks) noexcept:
+    """Whether there are marks of several threads, with a bit for each page of the extent."""
+    return (1 < marks.shape[0] <= LANE_THREADS and F.extent_len != 0
+            and <size_t>marks.shape[1] == LANE_MARKS + (F.extent_len + 63) // 64)
 
 
 cdef int check_stats(int64_t[::1] stats, Py_ssize_t nr_slots) except -1:
@@ -1917,8 +1917,8 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     """Copy virtual pages start..end (page numbers) of nr_rows tables.
 
     state is [row, idx, pages used of the pool, allocations left, rows that the child has]: where to go on after
-    E_PREALLOC or E_SWAP_SLOT, and where the walk stopped. marks are those of py_check_range() for the same pages; no
-    row: copy without threads.
+    E_PREALLOC or E_SWAP_SLOT, and where the walk stopped. marks are those of py_check_range() for the same pages; where
+    they are not of this memmap, there are no threads.
     Returns (0, -EHWPOISON, -EBUSY, -ENOMEM or an E_ code; failing PFN; whether a mapcount is near its limit; the
     nanoseconds it took).
     """
@@ -1929,18 +1929,18 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     cdef lane F
     cdef Py_ssize_t ret = 0, row = state[0], at = state[1], used = state[2], stop, nr_hist = src.shape[1] + 1
     cdef Py_ssize_t ptrs = src.shape[1], has_rows = state[4], touched, first
-    cdef bint threads = marks.shape[0] > 1 and not state[0] and not state[1]
+    cdef bint threads
     cdef int64_t before, took = now_ns()
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef swap_map S = view_swap(slots, counts)
     check_stats(stats, ptrs)
     lane_memmap(&F, &M, fast)
-    check_marks(&F, marks)
     if (dst.shape[1] != ptrs or state.shape[0] != 5 or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0
             or dst_row < 0 or row < 0 or at < 0 or used < 0 or src_row + nr_rows > src.shape[0]
             or dst_row + nr_rows > dst.shape[0]
             or vpns.shape[0] != src.shape[0] or nr_rows and end <= vpns[src_row + nr_rows - 1]):
         raise ValueError("rows out of range")
+    threads = not state[0] and not state[1] and fits(&F, marks) and marks[0, 1] == F.extent_pfn
     W.prealloc = NO_PFN
     W.fail_pfn = NO_PFN
     W.allocations = state[3]
@@ -1973,7 +1973,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
             if stop > ptrs:
                 stop = ptrs
             first = at
-            if threads:
+            if threads and at < stop:
                 ret = copy_by_threads(dst, dst_row + row, src, src_row + row, &at, stop, marks, &L, &R, &M, &S, &B,
                                       pool, &used, &W)
                 threads = False
@@ -1981,8 +1981,11 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
                 ret = copy_pte_range(dst, dst_row + row, src, src_row + row, &at, stop, stop, &L, &R, &M, &S, &B, pool,
                                      &used, &W)
             if ret:
-                if at > ptrs:
+                if at >= ptrs:  # in a table behind those that the child got from threads
                     go_on(&row, &at, ptrs)
+                    if row >= has_rows:
+                        W.allocations -= row + 1 - has_rows
+                        has_rows = row + 1
                 break
             # Tables that the lane went on to are the child's from then on.
             touched = row + (at + ptrs - 1) // ptrs
@@ -2009,16 +2012,18 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
                    const uint64_t[::1] fast not None, uint64_t[:, ::1] marks not None):
     """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy; the nanoseconds it took.
 
-    A thread for each row of marks, zeros that become how far it may copy (slots) and a bit for each page of the extent.
+    A thread for each row of marks: zeros that become how far it may copy (slots), where the extent begins, and a bit
+    for each of its pages.
     """
     cdef pte_layout L = read_layout(layout)
     cdef Py_ssize_t ret = 0, row, last, at = 0, stop, room, slots = table.shape[1]
     cdef uint64_t fail_pfn = NO_PFN
     cdef memmap M = view_memmap(words, aux, top, sub)
     cdef int64_t where = 0, took = now_ns()
+    cdef bint threads
     cdef lane F
     lane_memmap(&F, &M, fast)
-    check_marks(&F, marks)
+    threads = fits(&F, marks)
     if (first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]
             or nr_rows and end <= vpns[first_row + nr_rows - 1]):
         raise ValueError("rows out of range")
@@ -2032,7 +2037,7 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
                 at = start - vpns[row]
             stop = min(end - vpns[row], slots)
             room = (last - row) * slots + min(end - vpns[last], slots)
-            if marks.shape[0] > 1 and row == first_row and F.level:
+            if threads and row == first_row and at < stop and F.level:
                 at += lane_marks(&F, &table[row, at], room - at, stop - at, &marks[0, 0], marks.shape[0],
                                  marks.shape[1])
                 if at >= stop:

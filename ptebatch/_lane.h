@@ -237,11 +237,11 @@ LANE_INLINE int lane_large_ok(const struct lane *l, size_t head, uint64_t w)
     return !(l->mm_id && (l->aux[head] | l->aux[head + 1]) & LANE_HALF_AUX);
 }
 
-/* Whether no other thread maps a page of the folio. */
+/* Whether no other thread maps a page of the folio, one page of which is in the extent. */
 LANE_INLINE int lane_sole(const struct lane *l, uint64_t first_pfn, size_t nr_pages)
 {
     const uint64_t first = first_pfn > l->extent_pfn ? first_pfn - l->extent_pfn : 0;
-    const uint64_t end = first_pfn + nr_pages - l->extent_pfn, last = (end < l->extent_len ? end : l->extent_len) - 1;
+    const uint64_t end = first_pfn + nr_pages - 1 - l->extent_pfn, last = end < l->extent_len ? end : l->extent_len - 1;
     uint64_t at;
     int k;
     for (k = 0; k < l->nr_others; k++)
@@ -466,10 +466,10 @@ static inline size_t lane_check(const struct lane *l, const uint64_t *entries, s
  * Each thread has tables of its own. What they could have in common is folios: so in the read-only pass before the copy each
  * marks the pages that its tables map. Where no page is marked twice, a folio mapped whole belongs to one thread; for any
  * other large folio the lane looks for marks of the others. A batch that the lane does not copy is passed over, and left to
- * copy_present_ptes() when all threads are done: it has nothing to do with any other batch, so that the order makes no
- * difference.
+ * copy_present_ptes() when all threads are done. What batches of one folio share are counts: sums, for which the order makes
+ * no difference, and none near its limit.
  */
-enum { LANE_THREADS = 64, LANE_RESTS = 1024 };
+enum { LANE_THREADS = 64, LANE_RESTS = 1024, LANE_MARKS = 2 /* words of a row in front of the bits */ };
 
 /* Slots that were passed over: all entries of a folio that follow each other, or the rest of a thread's. */
 struct lane_rest {
@@ -496,6 +496,7 @@ static inline void lane_share_of(struct lane_share *s, size_t n, size_t left, si
     s->from = from < n ? from : n;
     s->until = until < n ? until : n;
     s->first = k ? from + ptrs : left;
+    s->first = s->first < s->until ? s->first : s->until;
 }
 
 static inline void *lane_share_mark(void *argument)
@@ -551,7 +552,7 @@ static inline void *lane_share_run(void *argument)
 /* New threads on any CPU but this one, which is busy: the scheduler finds out only after a millisecond or more. */
 static inline void lane_elsewhere(pthread_attr_t *attributes)
 {
-#ifdef __linux__
+#ifdef __GLIBC__
     const int here = sched_getcpu();
     cpu_set_t cpus;
     if (here < 0 || sched_getaffinity(0, sizeof(cpus), &cpus))
@@ -590,7 +591,8 @@ static inline void lane_shares(struct lane_share *shares, size_t nr, void *(*fun
 }
 
 /* The read-only pass over n slots by nr threads: how many from the front are none or map a page of the extent. Row k of
- * marks, of nr_words words, becomes what lane_threads needs: how far thread k may go, and a bit for each page of the extent. */
+ * marks, of nr_words words, becomes what lane_threads needs: how far thread k may go, where the extent begins, and a bit for
+ * each of its pages. */
 static inline size_t lane_marks(const struct lane *l, const uint64_t *src, size_t n, size_t left, uint64_t *marks, size_t nr,
                                 size_t nr_words)
 {
@@ -603,11 +605,11 @@ static inline size_t lane_marks(const struct lane *l, const uint64_t *src, size_
         struct lane_share *s = shares + k;
         s->lane = *l;
         s->read = src;
-        s->marks = marks + k * nr_words + 1;
+        s->marks = marks + k * nr_words + LANE_MARKS;
         lane_share_of(s, n, left, k, nr);
     }
     lane_shares(shares, nr, lane_share_mark);
-    for (from = 1; from < nr_words; from += some) {
+    for (from = LANE_MARKS; from < nr_words; from += some) {
         uint64_t once[512] = { 0 };
         some = nr_words - from < 512 ? nr_words - from : 512;
         for (k = 0; k < nr; k++) {
@@ -625,6 +627,7 @@ static inline size_t lane_marks(const struct lane *l, const uint64_t *src, size_
         if (!behind)
             done = marked;
         /* The table of the first entry that the lane does not know is left out, and so is what follows. */
+        marks[k * nr_words + 1] = l->extent_pfn;
         marks[k * nr_words] = twice || behind || marked < s->first ? s->from
             : marked < s->until ? marked - (marked - s->first) % l->ptrs : marked;
     }
@@ -640,7 +643,7 @@ static inline size_t lane_threads(struct lane *l, uint64_t *src, uint64_t *dst, 
     const size_t nr_hist = l->ptrs + 1;
     struct lane_share *shares = calloc(nr, sizeof(*shares));
     int64_t *hists = calloc(nr * nr_hist, sizeof(*hists));
-    size_t done = 0, k, i;
+    size_t done = 0, upto, k, i;
     *nr_rests = 0;
     *rests = malloc(nr * LANE_RESTS * sizeof(**rests));
     for (k = 0; shares && hists && *rests && k < nr; k++) {
@@ -655,12 +658,11 @@ static inline size_t lane_threads(struct lane *l, uint64_t *src, uint64_t *dst, 
         s->dst = dst;
         s->rests = *rests + k * LANE_RESTS;
         for (i = 0; i + 1 < nr; i++)
-            s->others[i] = marks + (i < k ? i : i + 1) * nr_words + 1;
+            s->others[i] = marks + (i < k ? i : i + 1) * nr_words + LANE_MARKS;
         lane_share_of(s, n, left, k, nr);
-        if (done == s->from && marks[k * nr_words] >= s->from && marks[k * nr_words] <= s->until)
-            done = s->until = marks[k * nr_words];
-        else
-            s->until = s->from;
+        upto = marks[k * nr_words];
+        s->until = done == s->from && upto >= s->from && upto <= s->until ? upto : s->from;
+        done = done == s->from ? s->until : done;
     }
     if (done) {
         lane_shares(shares, nr, lane_share_run);

@@ -397,7 +397,7 @@ def copy_page_range(
     return -ENOMEM if ret else 0
 
 
-def _cpus() -> int:
+def cpus() -> int:
     """How many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -408,8 +408,8 @@ def _marks(mm: Mm, nr_slots: int, threads: int) -> U64:
     threads = min(threads, nr_slots // THREAD_SLOTS)
     if threads < 2 or not nr_pages or nr_pages > 64 * nr_slots or mm.has_pinned:
         return _NO_MARKS
-    threads = min(threads, _cpus())
-    return memory.zeros(threads, 1 + (nr_pages + 63) // 64) if threads > 1 else _NO_MARKS
+    threads = min(threads, cpus())
+    return memory.zeros(threads, _core.MARKS_HEAD + (nr_pages + 63) // 64) if threads > 1 else _NO_MARKS
 
 
 def check_range(

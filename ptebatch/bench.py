@@ -315,9 +315,9 @@ def core_case(plan: ForkPlan) -> Case:
 
 
 def simd_level() -> str:
-    """Return the SIMD level to measure the limit at: the best this CPU has, or what PTEBATCH_SIMD asks for."""
+    """Return the SIMD level of the core: the best this CPU has, or what PTEBATCH_SIMD asks for."""
     wanted = os.environ.get("PTEBATCH_SIMD") or "auto"
-    have = _measure.supported()
+    have = ("off", *_measure.supported())
     if wanted == "auto":
         return have[-1]
     if wanted not in have:
@@ -325,9 +325,15 @@ def simd_level() -> str:
     return wanted
 
 
+def limit_level() -> str:
+    """Return the SIMD level to measure the limit at: the core's, or the best this CPU has where the lane is off."""
+    level = simd_level()
+    return _measure.supported()[-1] if level == "off" else level
+
+
 def limit_cases(entries: U64, layout: PteLayout) -> list[Case]:
     """Return the streaming limit over copies of `entries`, in all variants at `simd_level`."""
-    level = simd_level()
+    level = limit_level()
     src, dst = memory.copy(entries), memory.zeros(len(entries))
     dst.fill(0)  # touched, as the child's tables are
 
@@ -737,7 +743,7 @@ def _missing(found: list[Row], todo: Iterable[tuple[int, tuple[int, ...], int]])
         notes.append("no figures of Numba, which is not installed: pip install 'ptebatch[numba]'")
     if gib and not any(row.get("level") == "avx2" for row in found):
         notes.append("no figures of AVX2 beside AVX-512: this CPU lacks one, or PTEBATCH_SIMD chose another level")
-    if not any("threads" in row for row in found) and (os.cpu_count() or 1) < THREADS:
+    if not any("threads" in row for row in found) and batch.cpus() < THREADS:
         notes.append(f"no figures of {THREADS} threads: there is one CPU")
     return notes
 
@@ -748,7 +754,7 @@ def _order_of(folio: Sequence[int]) -> int | str:
 
 def _thread_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
     """Return the batched path on two threads, where there are two CPUs."""
-    if (os.cpu_count() or 1) < THREADS:
+    if batch.cpus() < THREADS:
         return []
     case = core_case(_plan(mm, semantics, threads=THREADS))
     case.row["threads"] = THREADS
@@ -758,7 +764,8 @@ def _thread_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
 def _level_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
     """Return the batched path at each SIMD level below the one in use."""
     have = _measure.supported()
-    return [_level_case(mm, semantics, level) for level in have[: have.index(simd_level())]]
+    below = have[: have.index(simd_level())] if simd_level() in have else ()
+    return [_level_case(mm, semantics, level) for level in below]
 
 
 def _level_case(mm: Mm, semantics: KernelSemantics, level: str) -> Case:
@@ -859,7 +866,7 @@ def _not_plain(
 def _wrprotect_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
     """Return write-protection of all of `mm`, and the streaming loop that does as much, in all variants."""
     saved, src = memory.copy(mm.entries), memory.copy(mm.entries.reshape(-1))
-    write, level = mm.layout.write, simd_level()
+    write, level = mm.layout.write, limit_level()
     start, end = mm.vmas[0].start, mm.vmas[-1].end
 
     def reset() -> None:
@@ -938,7 +945,7 @@ def _address_space(most: int) -> Iterator[None]:
 
 def _in_place_cases(workload: Workload, plan: ForkPlan) -> list[Case]:
     """Return the fork of plain memory, the streaming limit over the same tables, and the pool: without any copy."""
-    mm, child, level = plan.mm, plan.child, simd_level()
+    mm, child, level = plan.mm, plan.child, limit_level()
     layout, ptes = mm.layout, workload.size // PAGE
 
     def reset() -> None:

@@ -180,6 +180,9 @@ def check_context(ctx: Any) -> ForkContext:
     check_layout(ctx.layout)
     check_pfn_without_page(ctx.pfn_without_page)
     check_batching(ctx.batching, ctx.semantics)
+    if ctx.marks is not None:
+        shape = np.shape(ctx.marks)
+        check_array("ctx.marks", ctx.marks, np.uint64, shape if len(shape) == 2 else (0, 0), False)
     return ctx
 
 

@@ -410,9 +410,11 @@ def fork(
         copied; each continuation page of a swap map; and what comes after the memory, such as the pid.
     threads : int
         How many may copy the page tables of a VMA, 1 to 64; the core takes as many as there are CPUs, and tables enough
-        to be worth it. Results are the same, but after a StateError more may have been copied. One thread does what
-        could lack memory half-way (``fail_at``, pages that may be pinned), and VMAs in which tables of several threads
-        map the same page.
+        to be worth it. Results are the same, but after a StateError more may have been copied. They share tables up to
+        the first entry that the core's fast lane does not know: swap, special and PROT_NONE entries, pages outside the
+        longest part of the memmap without gaps. One thread does what could lack memory half-way (``fail_at``, pages
+        that may be pinned), VMAs in which tables of several threads map the same page, or that have leaves above page
+        tables, and architectures that the lane does not serve.
 
     Returns
     -------

@@ -753,11 +753,11 @@ def self_test(
     profile: Profile = FAST,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Let level 3 judge what is known: nothing changed, or one case does 3, 5, 10 or 20 % more.
+    """Let level 3 judge what is known: nothing changed, or one case takes 3, 5, 10 or 20 % longer.
 
     A side is slower because one of its cases, another in every run, is kept waiting that much of its own time before
-    its clock is read. A false alarm is a run with nothing changed in which any case is called slower; a slow-down is
-    found if the case that has it is.
+    its clock is read: the noise is that of real runs, the slow-down is exact. A false alarm is a run with nothing
+    changed in which any case is called slower; a slow-down is found if the case that has it is.
 
     Parameters
     ----------

@@ -36,9 +36,9 @@ def state(mm: Mm, semantics) -> tuple:
     )
 
 
-def attempt(mm: Mm, impl: str, semantics, batching, threads: int = 1) -> ForkResult | tuple[type, str]:
+def attempt(mm: Mm, impl: str, semantics, batching) -> ForkResult | tuple[type, str]:
     try:
-        return fork(mm, semantics=semantics, batching=batching, impl=impl, threads=threads)
+        return fork(mm, semantics=semantics, batching=batching, impl=impl)
     except PtebatchError as error:
         return type(error), str(error)
 

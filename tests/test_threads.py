@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from strategies import build, cases, kernels
-from test_differential import BATCHING, assert_same, attempt
+from test_differential import assert_same
 from test_simd import EXAMPLES, RUNS, WORKLOADS, level, memory  # noqa: F401
 from typer.testing import CliRunner
 
-from ptebatch import batch, cli
-from ptebatch.arch import VM_WRITE, mk_pte, vm_get_page_prot
+from ptebatch import arch, batch, cli
+from ptebatch.arch import VM_WRITE, mk_pte, pte_pfn, vm_get_page_prot
 from ptebatch.arch import X86_64 as L
-from ptebatch.errors import ArgumentError, ForkError, PfnError
+from ptebatch.errors import ArgumentError, ForkError, PfnError, StateError
 from ptebatch.folio import FolioTable
 from ptebatch.fork import ForkPlan, ForkResult, fork
-from ptebatch.mm import Mm, Vma, copy_state, digest
-from ptebatch.semantics import LATEST
+from ptebatch.mm import Mm, Vma, configured, copy_state, digest, new_stats
+from ptebatch.semantics import LATEST, V6_6, V6_9, V6_12
 from ptebatch.workload import Workload
 
 VM_ALL = VM_WRITE | 0x71  # private, readable
@@ -28,7 +29,10 @@ VM_ALL = VM_WRITE | 0x71  # private, readable
 def many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads are used however few slots and CPUs there are."""
     monkeypatch.setattr(batch, "THREAD_SLOTS", 1)
-    monkeypatch.setattr(batch, "_cpus", lambda: 64)
+    monkeypatch.setattr(batch, "cpus", lambda: 64)
+
+
+lane = pytest.mark.skipif(not batch.simd_level, reason="PTEBATCH_SIMD=off: no threads")
 
 
 @pytest.fixture
@@ -66,23 +70,53 @@ def test_workload(level, name, run):  # noqa: F811
         assert_equal(mm, got, other, expected, semantics)
 
 
-@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cases(), kernels(), BATCHING, st.integers(2, 4))
-def test_any_memory(case, semantics, batching, threads):
-    mm, other = build(case), build(case)
-    for _ in range(2):
-        expected, got = attempt(other, "core", semantics, batching), attempt(mm, "core", semantics, batching, threads)
-        if not isinstance(expected, ForkResult) or not isinstance(got, ForkResult):
-            assert got == expected
-            return
-        assert_equal(mm, got, other, expected, semantics)
+def busy(shares: list[list[int]]) -> int:
+    """How many threads had anything to copy."""
+    return sum(until > before for vma in shares for before, until in itertools.pairwise([0, *vma]))
 
 
+def some_memory(rng: random.Random) -> Workload:
+    """Memory of which threads share much: whole tables, few holes in the memmap."""
+    folios = rng.sample([4096, 8192, 16384, 65536, 1 << 20, 1 << 21], rng.choice([1, 2, 3]))
+    shares = {name: rng.choice([0.0, 0.0, 0.3]) for name in ("readonly", "clean", "old", "shared", "uffd_wp")}
+    return Workload(
+        size=rng.choice([12, 12, 15, 48]) << 20, folio=tuple(folios), seed=rng.randrange(1 << 30),
+        align=rng.choice(["natural", "shifted"]), fragmentation=rng.choice([0.0, 0.3]),
+        holes=rng.choice([0.0, 0.05]), vmas=rng.choice([1, 1, 2]), soft_dirty=rng.choice([None, None, 0.5]),
+        granularity=rng.choice(["folio", "page"]), **shares,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["x86-64", "arm64-4k", "loongarch64-4k"])
+def test_any_memory(name, shares):
+    rng, threaded, runs = random.Random(name), 0, max(12, EXAMPLES // 8)
+    for _ in range(runs):
+        semantics = replace(rng.choice([V6_6, V6_9, V6_12, LATEST]), contpte=False)
+        layout = configured(arch.layout_for(name, semantics.switches), semantics)
+        made = some_memory(rng)
+        if name != "x86-64":
+            made = replace(made, soft_dirty=None, uffd_wp=0.0)
+        memory, batching = made.build(layout=layout), rng.choice([None, False])
+        if rng.random() < 0.3:  # an entry that is not the lane's, anywhere
+            table = memory.entries[rng.randrange(len(memory.entries))]
+            table[rng.randrange(512)] = np.uint64(layout.special | layout.present_mask)
+        mm, other, third = copy_state(memory), copy_state(memory), copy_state(memory)
+        expected = fork(other, semantics=semantics, batching=batching)
+        for one, threads in ((mm, 2), (third, rng.choice([3, 4, 7]))):
+            shares.clear()
+            got = fork(one, semantics=semantics, batching=batching, threads=threads)
+            assert_equal(one, got, other, expected, semantics)
+            threaded += busy(shares) > 1
+    assert threaded > runs // 2 or not batch.simd_level
+
+
+@lane
 def test_threads_share_a_vma(shares):
     fork(Workload(size=12 << 20, folio=(65536,)).build(), threads=3)
     assert shares == [[1024, 2048, 3072]]
 
 
+@lane
 def test_what_the_lane_does_not_know_is_left_to_one_thread(shares):
     mm = Workload(size=12 << 20, folio=(65536,)).build()
     mm.entries[3, 100] = np.uint64(L.special | L.present_mask)
@@ -92,6 +126,7 @@ def test_what_the_lane_does_not_know_is_left_to_one_thread(shares):
     assert_equal(mm, got, other, fork(other), LATEST)
 
 
+@lane
 def test_a_page_mapped_by_tables_of_two_threads(shares):
     mm = Workload(size=8 << 20, folio=(4096,)).build()
     mm.entries[3, 7] = mm.entries[0, 5]
@@ -103,12 +138,12 @@ def test_a_page_mapped_by_tables_of_two_threads(shares):
 
 @pytest.mark.parametrize("nr", [8, 512], ids=["in part", "every folio"])
 def test_folios_shared_between_tables(level, shares, nr):  # noqa: F811
-    """Each folio's pages are mapped by tables of two threads, half of them by each: what is left for later is long."""
-    folios, start, head = FolioTable(), 1 << 30, 4096
-    vpns = np.arange(8) * 512 + (start >> 12)
-    mm = Mm(L, folios, vmas=[Vma(start, start + (8 << 21), VM_ALL, anon_vma=True)], vpns=vpns)
+    """Folios of which tables of two threads map a half each: more than one thread can leave for later singly."""
+    folios, start, head, tables = FolioTable(), 1 << 30, 4096, 8
+    vpns = np.arange(2 * tables) * 512 + (start >> 12)
+    mm = Mm(L, folios, vmas=[Vma(start, start + (2 * tables << 21), VM_ALL, anon_vma=True)], vpns=vpns)
     prot = vm_get_page_prot(L, VM_ALL) | L.write
-    for number in range(1024):
+    for number in range(tables * 256):
         for half in (0, 1):
             shared = number % 512 < nr
             if not (shared and half):
@@ -117,10 +152,44 @@ def test_folios_shared_between_tables(level, shares, nr):  # noqa: F811
                 head += 4
             first = head - 4 + 2 * (shared and half)
             for slot, pfn in enumerate((first, first + 1), 2 * number):
-                mm.entries[4 * half + slot // 512, slot % 512] = np.uint64(mk_pte(L, pfn, prot))
+                mm.entries[tables * half + slot // 512, slot % 512] = np.uint64(mk_pte(L, pfn, prot))
     other = copy_state(mm)
     got = fork(mm, threads=2)
-    assert shares == [[2048, 4096]] or level == "off"
+    assert shares == [[tables * 512, 2 * tables * 512]] or level == "off"
+    assert_equal(mm, got, other, fork(other), LATEST)
+
+
+@lane
+@pytest.mark.parametrize("slot", [(0, 3), (1, 0), (1, 5), (3, 511)])
+def test_a_count_at_its_limit(slot):
+    """What one thread finds among what was passed over is what it finds alone, and at the same address."""
+    mm = Workload(size=8 << 20, folio=(4096,)).build()
+    mm.folios.page(pte_pfn(L, int(mm.entries[slot]))).mapcount = (1 << 24) - 1
+    outcomes = []
+    for threads in (1, 2):
+        plan = ForkPlan(copy_state(mm), threads=threads)
+        with pytest.raises(StateError) as error:
+            plan.run()
+        outcomes.append((str(error.value), plan.allocations.made))
+    assert outcomes[0] == outcomes[1]
+
+
+@lane
+def test_much_memory(shares):
+    """Enough slots and pages for every loop of the read-only pass; the last page is mapped twice."""
+    mm = Workload(size=256 << 20, folio=(4096, 65536)).build()
+    other = copy_state(mm)
+    assert_equal(mm, fork(mm, threads=2), other, fork(other), LATEST)
+    assert shares == [[32768, 65536]]
+    mm = Workload(size=256 << 20, folio=(4096,)).build()
+    first, nr, _ = mm.folios.extent()
+    pfns = mm.entries.reshape(-1) >> np.uint64(12) & np.uint64(0xFFFFFFFFFF)
+    row, at = divmod(int(np.flatnonzero(pfns == first + nr - 1)[0]), 512)
+    mm.entries[127 - row, at] = mm.entries[row, at]
+    other = copy_state(mm)
+    shares.clear()
+    got = fork(mm, threads=2)
+    assert shares == [[0, 32768]]
     assert_equal(mm, got, other, fork(other), LATEST)
 
 
@@ -151,7 +220,7 @@ def test_few_slots_or_cpus_take_one_thread(monkeypatch, shares):
     monkeypatch.setattr(batch, "THREAD_SLOTS", 1024)
     fork(copy_state(mm), threads=64)
     assert [len(one) for one in shares] == [2]
-    monkeypatch.setattr(batch, "_cpus", lambda: 1)
+    monkeypatch.setattr(batch, "cpus", lambda: 1)
     fork(copy_state(mm), threads=64)
     monkeypatch.setattr(batch, "THREAD_SLOTS", 2049)
     fork(copy_state(mm), threads=64)
@@ -164,26 +233,44 @@ def test_number_of_threads(threads):
         ForkPlan(Workload(size=2 << 20).build(), threads=threads)
 
 
+@lane
 def test_marks_are_checked(monkeypatch):
     mm = Workload(size=4 << 20).build()
-    words = 1 + (mm.folios.extent()[1] + 63) // 64
-    for shape in ((2, words + 1), (2, words - 1), (65, words)):
-        monkeypatch.setattr(batch, "_marks", lambda *_, shape=shape: np.zeros(shape, dtype=np.uint64))
-        with pytest.raises(ValueError, match="marks"):
-            fork(copy_state(mm), threads=2)
-    # What they say of slots is not believed beyond what a thread has.
-    plan = ForkPlan(mm, threads=2)
+    expected = fork(copy_state(mm)).stats
+    words = batch._marks(mm, 1024, 2).shape[1]
+    for shape in ((2, words + 1), (2, words - 1), (65, words), (2, 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(batch, "_marks", lambda *_, shape=shape: np.zeros(shape, dtype=np.uint64))
+            assert fork(copy_state(mm), threads=2).stats == expected  # without threads
     check = batch.check_range
+    for column, value in ((0, (1 << 64) - 1), (0, 0), (0, 700), (1, 5)):  # what they say is not believed blindly
 
-    def lie(*args, **kwargs):
-        found = check(*args, **kwargs)
-        for marks in found.values():
-            marks[:, 0] = (1 << 64) - 1
-        return found
+        def lie(*args, column=column, value=value, **kwargs):
+            found = check(*args, **kwargs)
+            for marks in found.values():
+                marks[:, column] = value
+            return found
 
-    monkeypatch.setattr(batch, "_marks", lambda *_: np.zeros((2, words), dtype=np.uint64))
-    monkeypatch.setattr(batch, "check_range", lie)
-    assert plan.run().ptes_present == 1024
+        with monkeypatch.context() as patch:
+            patch.setattr(batch, "check_range", lie)
+            assert fork(copy_state(mm), threads=2).stats.ptes_present == 1024
+    plan = ForkPlan(mm)
+    with pytest.raises(ArgumentError, match="marks"):
+        batch.copy_page_range(replace(plan.contexts[0], marks=np.zeros(3)), plan.child, mm, new_stats(L))
+
+
+@lane
+def test_pages_that_come_in_between():
+    """The memmap grows after the read-only pass: marks are of the smaller one, and are not used."""
+    mm = Workload(size=8 << 20, vmas=2).build()
+    first, nr, _ = mm.folios.extent()
+    other = copy_state(mm)
+
+    def grow(*_):
+        if first + nr not in mm.folios:
+            mm.folios.add_folios(first + nr + np.arange(64), 0)
+
+    assert ForkPlan(mm, threads=2).run(grow) == fork(other).stats
 
 
 def test_on_the_command_line():

@@ -678,15 +678,18 @@ def test_interrupted_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 def test_ctrl_c():
     args = [sys.executable, "-m", "ptebatch", "fork", "--impl", "reference", "--workload", "size=2GiB,clean=0.5"]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        status = Path(f"/proc/{process.pid}/status")
-        while process.poll() is None:  # until it holds the address space, so that it is past its imports
-            found = re.search(r"VmRSS:\s+(\d+)", status.read_text()) if status.exists() else None
-            if found and int(found[1]) > 60_000:
-                break
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    for _ in range(3):
+        with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            status = Path(f"/proc/{process.pid}/status")
+            while process.poll() is None:  # until it holds the address space, so that it is past its imports
+                found = re.search(r"VmRSS:\s+(\d+)", status.read_text()) if status.exists() else None
+                if found and int(found[1]) > 60_000:
+                    break
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        if "Exception ignored" not in err:  # Python drops an interrupt that comes while it runs a finalizer
+            break
     assert (process.returncode, out, err) == (130, "", "\ninterrupted\n")
 
 

@@ -404,12 +404,12 @@ def cpus() -> int:
 
 def _marks(mm: Mm, nr_slots: int, threads: int) -> U64:
     """Room for the marks of as many threads as are worth it: none for few slots, or where marks take much memory."""
-    nr_pages = mm.folios.extent()[1]
     threads = min(threads, nr_slots // THREAD_SLOTS)
-    if threads < 2 or not nr_pages or nr_pages > 64 * nr_slots or mm.has_pinned:
+    threads = threads if threads < 2 else min(threads, cpus())
+    nr_pages = mm.folios.extent()[1] if threads > 1 else 0
+    if not nr_pages or nr_pages > 64 * nr_slots or mm.has_pinned:
         return _NO_MARKS
-    threads = min(threads, cpus())
-    return memory.zeros(threads, _core.MARKS_HEAD + (nr_pages + 63) // 64) if threads > 1 else _NO_MARKS
+    return memory.zeros(threads, _core.MARKS_HEAD + (nr_pages + 63) // 64)
 
 
 def check_range(

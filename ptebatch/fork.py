@@ -354,7 +354,7 @@ class ForkPlan:
             if int(self.mm.vpns[first]) == self._last_table:
                 context = replace(context, has_first_table=True)
             self._last_table = int(self.mm.vpns[last - 1])
-        if (start, end) == (context.src_vma.start, context.src_vma.end):
+        if self._marks and (start, end) == (context.src_vma.start, context.src_vma.end):
             context = replace(context, marks=self._marks.get(start))
         ret: int = self.impl.copy_page_range(context, self.child, self.mm, stats, start, end)
         return ret

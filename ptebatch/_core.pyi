@@ -18,6 +18,7 @@ RESULTS: dict[str, int]
 SIMD_LEVELS: dict[str, int]
 SIMD_SUPPORTED: tuple[str, ...]
 MARKS_HEAD: int
+MAX_THREADS: int
 
 def py_folio_pte_batch(
     table: U64,

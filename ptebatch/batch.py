@@ -52,6 +52,7 @@ I64 = npt.NDArray[np.int64]
 
 _disagreements = [name for name, value in _core.MEMMAP_CONSTANTS.items() if getattr(folio, name) != value]
 _disagreements += [name for name, value in _core.SWAP_CONSTANTS.items() if getattr(swap, name) != value]
+_disagreements += ["MAX_THREADS"] if _core.MAX_THREADS != checks.MAX_THREADS else []
 _disagreements += ["ZAP_STAT_FIELDS"] if _core.ZAP_STAT_FIELDS != ZAP_STAT_FIELDS else []
 if _disagreements or _core.STAT_FIELDS != STAT_FIELDS or _core.SWP_KINDS != arch.SWP_KINDS:
     raise ImportError(

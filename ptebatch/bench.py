@@ -753,7 +753,7 @@ def _order_of(folio: Sequence[int]) -> int | str:
 
 
 def _thread_cases(mm: Mm, semantics: KernelSemantics) -> list[Case]:
-    """Return the batched path on two threads, where there are two CPUs."""
+    """Return the batched path that may use two threads, where there are two CPUs; little memory is for one."""
     if batch.cpus() < THREADS:
         return []
     case = core_case(_plan(mm, semantics, threads=THREADS))

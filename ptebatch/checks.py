@@ -58,7 +58,7 @@ def as_int(name: str, value: Any) -> int:
 
 
 MAX_THREADS = 64
-"""As many as _lane.h has room for."""
+"""As many as the core has room for; ptebatch.batch compares them on import."""
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> int:
@@ -181,7 +181,7 @@ def check_context(ctx: Any) -> ForkContext:
     check_pfn_without_page(ctx.pfn_without_page)
     check_batching(ctx.batching, ctx.semantics)
     if ctx.marks is not None:
-        shape = np.shape(ctx.marks)
+        shape = getattr(ctx.marks, "shape", ())
         check_array("ctx.marks", ctx.marks, np.uint64, shape if len(shape) == 2 else (0, 0), False)
     return ctx
 

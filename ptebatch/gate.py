@@ -661,7 +661,7 @@ def judge_time(base: str, found: Mapping[str, Mapping[str, Any]], missing: Mappi
 # --- level 4: ratios --------------------------------------------------------------------------------------------------
 RATIO_SLACK = 1.75
 """A new bound is the ratio measured times this: neighbours of a shared machine slow the limit and the core down
-differently, by up to 1.4 as measured, while what this level is for changes a ratio by more."""
+differently, by up to 1.4 as measured. What changes a ratio by less is for `check_time` to find."""
 RATIO_PAIRS = (("batched", "limit"), ("single", "limit"), ("batched", "single"))
 RATIO_ROUNDS = 15
 RATIO_TRIES = 3

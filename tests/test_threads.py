@@ -205,7 +205,7 @@ def test_nothing_is_changed_where_an_entry_cannot_be_copied():
     assert_same(mm, before, LATEST)
 
 
-def test_every_allocation_that_fails(shares):
+def test_every_allocation_that_fails():
     memory = Workload(size=6 << 20, folio=(65536,)).build()
     for fail_at in range(6):
         mm, other = copy_state(memory), copy_state(memory)
@@ -255,8 +255,10 @@ def test_marks_are_checked(monkeypatch):
             patch.setattr(batch, "check_range", lie)
             assert fork(copy_state(mm), threads=2).stats.ptes_present == 1024
     plan = ForkPlan(mm)
-    with pytest.raises(ArgumentError, match="marks"):
-        batch.copy_page_range(replace(plan.contexts[0], marks=np.zeros(3)), plan.child, mm, new_stats(L))
+    good = np.zeros((2, words), dtype=np.uint64)
+    for marks in (np.zeros(3), [[1], [2, 3]], good.astype(np.int64), good[:, ::2], good[0], "no", 0):
+        with pytest.raises(ArgumentError, match="marks"):
+            batch.copy_page_range(replace(plan.contexts[0], marks=marks), plan.child, mm, new_stats(L))
 
 
 @lane

@@ -254,6 +254,18 @@ def test_marks_are_checked(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(batch, "check_range", lie)
             assert fork(copy_state(mm), threads=2).stats.ptes_present == 1024
+    # Of another extent they are not used at all: as far as these go, the batch of a folio would be cut.
+    mm = Workload(size=4 << 20, folio=(65536,)).build()
+
+    def elsewhere(*args, **kwargs):
+        found = check(*args, **kwargs)
+        for marks in found.values():
+            marks[:, :2] = 100, int(marks[0, 1]) + 64
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "check_range", elsewhere)
+        assert fork(copy_state(mm), threads=2).stats == fork(copy_state(mm)).stats
     plan = ForkPlan(mm)
     good = np.zeros((2, words), dtype=np.uint64)
     for marks in (np.zeros(3), [[1], [2, 3]], good.astype(np.int64), good[:, ::2], good[0], "no", 0):

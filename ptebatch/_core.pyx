@@ -47,6 +47,14 @@ cdef extern from "_lane.h" nogil:
     enum: MAPCOUNT_BITS_, COUNTER_SHIFT_, COUNTER_BITS_, ORDER_SHIFT_, ORDER_BITS_, DEVICE_BIT_, AE_BIT_, ANON_BIT_
     enum: SWAPBACKED_BIT_, KSM_BIT_, HUGETLB_BIT_, PINNED_BIT_, HWPOISON_BIT_, VALID_BIT_
     enum: AUX_COUNT_BITS_, AUX_ID_BITS_, AUX_DIRTY_BIT_, AUX_LOCKED_BIT_, AUX_SHARED_BIT_, SECTION_SHIFT_, TOP_SHIFT_
+    enum: INLINE_MIN_ORDER_, INLINE_MAX_ORDER_, INLINE_COUNT_BITS_
+    # MM-ID slots, wherever they are.
+    const uint64_t SLOT_COUNT, SLOT_ID, SLOT_SHARED
+    struct mm_slots:
+        uint64_t slot[2]
+    bint slots_inline(uint64_t w)
+    mm_slots load_mm_slots(const uint64_t *words, const uint64_t *aux, size_t head, bint inlined)
+    void store_mm_slots(uint64_t *words, uint64_t *aux, size_t head, bint inlined, mm_slots s)
     struct lane_change:
         uint64_t keep, set, mask, value, then_keep, then_set
     struct lane:
@@ -296,6 +304,8 @@ MEMMAP_CONSTANTS = {
     "PINNED_BIT": PINNED_BIT_, "HWPOISON_BIT": HWPOISON_BIT_, "VALID_BIT": VALID_BIT_,
     "AUX_COUNT_BITS": AUX_COUNT_BITS_, "AUX_ID_BITS": AUX_ID_BITS_, "AUX_DIRTY_BIT": AUX_DIRTY_BIT_,
     "AUX_LOCKED_BIT": AUX_LOCKED_BIT_, "AUX_SHARED_BIT": AUX_SHARED_BIT_,
+    "INLINE_MIN_ORDER": INLINE_MIN_ORDER_, "INLINE_MAX_ORDER": INLINE_MAX_ORDER_,
+    "INLINE_COUNT_BITS": INLINE_COUNT_BITS_,
     "SECTION_SHIFT": SECTION_SHIFT_, "TOP_SHIFT": TOP_SHIFT_,
 }
 SIMD_LEVELS = {"off": LANE_OFF, "scalar": LANE_SCALAR, "avx2": LANE_AVX2, "avx512": LANE_AVX512}
@@ -788,40 +798,42 @@ cdef inline bint folio_maybe_dma_pinned(const memmap *M, Py_ssize_t head, uint64
     return word_counter(w) + 1 >= GUP_PIN_COUNTING_BIAS
 
 
-cdef inline void folio_add_mm_mapping(const memmap *M, Py_ssize_t head, uint64_t mm, uint64_t nr,
+cdef inline void folio_add_mm_mapping(const memmap *M, Py_ssize_t head, bint inlined, uint64_t mm, uint64_t nr,
                                       uint64_t total) noexcept nogil:
     """MM-ID slots of a large folio when `mm` adds nr mappings; total is the large mapcount afterwards (v6.15)."""
-    cdef uint64_t id_mask = ((ONE << AUX_ID_BITS_) - 1) << AUX_COUNT_BITS_
     cdef uint64_t mine = mm << AUX_COUNT_BITS_
-    cdef uint64_t *slot = M.aux + head
-    if slot[0] & id_mask == mine:
-        slot[0] += nr
-    elif slot[1] & id_mask == mine:
-        slot[1] += nr
-    elif not slot[0] & id_mask:
-        slot[0] |= mine | nr
+    cdef mm_slots s = load_mm_slots(M.words, M.aux, head, inlined)
+    if s.slot[0] & SLOT_ID == mine:
+        s.slot[0] += nr
+    elif s.slot[1] & SLOT_ID == mine:
+        s.slot[1] += nr
+    elif not s.slot[0] & SLOT_ID:
+        s.slot[0] |= mine | nr
         if total != nr:
-            slot[0] |= ONE << AUX_SHARED_BIT_
-    elif not slot[1] & id_mask:
-        slot[1] |= mine | nr
-        slot[0] |= ONE << AUX_SHARED_BIT_
+            s.slot[0] |= SLOT_SHARED
+    elif not s.slot[1] & SLOT_ID:
+        s.slot[1] |= mine | nr
+        s.slot[0] |= SLOT_SHARED
+    store_mm_slots(M.words, M.aux, head, inlined, s)
 
 
-cdef inline bint folio_is_full(const memmap *M, Py_ssize_t page, Py_ssize_t head, Py_ssize_t nr, bint large, bint mm_id,
+cdef inline bint folio_is_full(const memmap *M, Py_ssize_t page, Py_ssize_t head, Py_ssize_t nr, uint64_t w, bint mm_id,
                                const copy_rules *R) noexcept nogil:
-    """Whether nr more mappings would take a count out of its field."""
+    """Whether nr more mappings of a folio, a page of which has the word w, would take a count out of its field."""
     cdef uint64_t room = ((ONE << COUNTER_BITS_) - 1) - <uint64_t>nr
     cdef uint64_t most = (ONE << MAPCOUNT_BITS_) - 1
-    cdef uint64_t count_mask = (ONE << AUX_COUNT_BITS_) - 1
+    cdef mm_slots s
     cdef Py_ssize_t k
     if word_counter(M.words[head]) > room:
         return True
-    if not large:
+    if not word_order(w):
         return word_mapcount(M.words[page]) == most
     if R.large_mapcount and word_counter(M.words[head + 1]) > room:
         return True
-    if mm_id and (M.aux[head] & count_mask > room or M.aux[head + 1] & count_mask > room):
-        return True
+    if mm_id:
+        s = load_mm_slots(M.words, M.aux, head, slots_inline(w))
+        if s.slot[0] & SLOT_COUNT > room or s.slot[1] & SLOT_COUNT > room:
+            return True
     if R.near_limit and R.page_mapcount:
         for k in range(page, page + nr):
             if word_mapcount(M.words[k]) == most:
@@ -837,10 +849,10 @@ cdef inline Py_ssize_t folio_dup_ptes(const memmap *M, Py_ssize_t page, Py_ssize
     cdef uint64_t w = words[page], exclusive = 0, mapcounts = 0
     cdef uint64_t clear = 0, add
     cdef bint large = word_order(w) != 0
-    cdef bint mm_id = large and R.mm_id and not w >> HUGETLB_BIT_ & 1
+    cdef bint mm_id = large and R.mm_id and not w >> HUGETLB_BIT_ & 1, inlined = slots_inline(w)
     cdef Py_ssize_t k
-    W.large = mm_id
-    if folio_is_full(M, page, head, nr, large, mm_id, R):
+    W.large = mm_id and not inlined
+    if folio_is_full(M, page, head, nr, w, mm_id, R):
         return E_OVERFLOW
     if w >> ANON_BIT_ & 1:
         clear = ONE << AE_BIT_
@@ -867,7 +879,7 @@ cdef inline Py_ssize_t folio_dup_ptes(const memmap *M, Py_ssize_t page, Py_ssize
     if R.large_mapcount:
         words[head + 1] += <uint64_t>nr << COUNTER_SHIFT_
         if mm_id:
-            folio_add_mm_mapping(M, head, R.dst_mm_id, nr, word_counter(words[head + 1]))
+            folio_add_mm_mapping(M, head, inlined, R.dst_mm_id, nr, word_counter(words[head + 1]))
     return 0
 
 
@@ -1030,14 +1042,14 @@ cdef Py_ssize_t restore_exclusive_pte(uint64_t[:, ::1] src, Py_ssize_t srow, Py_
             if R.src_write:
                 pte_new = pte_mkwrite(L, pte_new, R.src_shadow_stack != 0)
         # Through v6.14 the mapping was not counted meanwhile.
-        if folio_is_full(M, page, head, 1, large, mm_id, R):
+        if folio_is_full(M, page, head, 1, w, mm_id, R):
             return E_OVERFLOW
         if not large or R.page_mapcount:
             M.words[page] += 1
         if large and R.large_mapcount:
             M.words[head + 1] += ONE << COUNTER_SHIFT_
             if mm_id:
-                folio_add_mm_mapping(M, head, R.src_mm_id, 1, word_counter(M.words[head + 1]))
+                folio_add_mm_mapping(M, head, slots_inline(w), R.src_mm_id, 1, word_counter(M.words[head + 1]))
     set_ptes(src, srow, idx, pte_new, 1, L, M, W.stats + S_CONTPTE)
     return 0
 
@@ -1401,24 +1413,22 @@ cdef inline Py_ssize_t leave_uffd_wp_markers(uint64_t[:, ::1] table, Py_ssize_t 
     return 0
 
 
-cdef inline void folio_sub_mm_mapping(const memmap *M, Py_ssize_t head, uint64_t mm, uint64_t nr,
+cdef inline void folio_sub_mm_mapping(const memmap *M, Py_ssize_t head, bint inlined, uint64_t mm, uint64_t nr,
                                       uint64_t total) noexcept nogil:
     """MM-ID slots of a large folio when `mm` takes nr mappings away; total is the large mapcount afterwards (v6.15)."""
-    cdef uint64_t id_mask = ((ONE << AUX_ID_BITS_) - 1) << AUX_COUNT_BITS_
-    cdef uint64_t count_mask = (ONE << AUX_COUNT_BITS_) - 1
     cdef uint64_t mine = mm << AUX_COUNT_BITS_
-    cdef uint64_t *slot = M.aux + head
+    cdef mm_slots s = load_mm_slots(M.words, M.aux, head, inlined)
     cdef Py_ssize_t k
+    cdef bint left = False  # the mm has mappings left
     for k in range(2):
-        if slot[k] & id_mask == mine:
-            if slot[k] & count_mask > nr:
-                slot[k] -= nr
-                return
-            slot[k] &= ~(id_mask | count_mask)
+        if s.slot[k] & SLOT_ID == mine:
+            left = s.slot[k] & SLOT_COUNT > nr
+            s.slot[k] = s.slot[k] - nr if left else s.slot[k] & SLOT_SHARED
             break
     # One slot has every mapping that is left (an empty one: none is left).
-    if slot[0] & count_mask == total or slot[1] & count_mask == total:
-        slot[0] &= ~(ONE << AUX_SHARED_BIT_)
+    if not left and (s.slot[0] & SLOT_COUNT == total or s.slot[1] & SLOT_COUNT == total):
+        s.slot[0] &= ~SLOT_SHARED
+    store_mm_slots(M.words, M.aux, head, inlined, s)
 
 
 cdef inline Py_ssize_t folio_remove_rmap_ptes(const memmap *M, Py_ssize_t page, Py_ssize_t head, Py_ssize_t nr,
@@ -1440,7 +1450,7 @@ cdef inline Py_ssize_t folio_remove_rmap_ptes(const memmap *M, Py_ssize_t page, 
     if large and R.large_mapcount:
         words[head + 1] -= <uint64_t>nr << COUNTER_SHIFT_
         if R.mm_id and not w >> HUGETLB_BIT_ & 1:
-            folio_sub_mm_mapping(M, head, R.zap_mm_id, nr, word_counter(words[head + 1]))
+            folio_sub_mm_mapping(M, head, slots_inline(w), R.zap_mm_id, nr, word_counter(words[head + 1]))
     return 0
 
 

@@ -17,7 +17,8 @@
  * not a hugetlb folio and cannot be pinned. Then there are these cases:
  *   small folios                 lane_group: LANES entries in a row that all map small folios of one kind (anonymous,
  *                                shmem, file; exclusive or not), else one at a time (lane_small)
- *   folios of 2, 4, 8, 16 pages  lane_whole: each mapped whole by entries alike. One pass; a folio stays in registers
+ *   folios of 2, 4, 8, 16 pages  lane_whole: each mapped whole by entries alike. One pass; a folio stays in registers, and
+ *                                all there is to it but its entries is its words (of 2 pages: and the MM-ID slots in aux)
  *   any other batch              lane_fused where entry 0 is writable, which settles that the parent's entries change:
  *                                one pass; else lane_scan, then lane_rewrite, over entries that are in the cache by then
  *   without batching             lane_whole for whole folios mapped by entries alike, else lane_each, whatever they are like;
@@ -85,6 +86,9 @@ enum {
     AUX_DIRTY_BIT_ = 46,
     AUX_LOCKED_BIT_ = 47,
     AUX_SHARED_BIT_ = 63,
+    INLINE_MIN_ORDER_ = 2,
+    INLINE_MAX_ORDER_ = 4,
+    INLINE_COUNT_BITS_ = 5,
     SECTION_SHIFT_ = 6,
     TOP_SHIFT_ = 18
 };
@@ -96,6 +100,7 @@ enum { LANE_PFN_SHIFT = 12 }; /* of entries; lane_entries in _core.pyx keeps out
 #define LANE_HALF_MAPCOUNT LANE_BIT(MAPCOUNT_BITS_ - 1) /* set in a count: too close to its limit for the lane */
 #define LANE_HALF_COUNTER LANE_BIT(COUNTER_SHIFT_ + COUNTER_BITS_ - 1)
 #define LANE_HALF_AUX LANE_BIT(AUX_COUNT_BITS_ - 1)
+#define LANE_COUNTER ((LANE_BIT(COUNTER_BITS_) - 1) << COUNTER_SHIFT_)
 /* Where the index may be out of range: an address, not an element. */
 #define LANE_PREFETCH_AT(array, index) LANE_PREFETCH((const void *)((uintptr_t)(array) + (index) * sizeof(uint64_t)))
 
@@ -111,6 +116,78 @@ LANE_INLINE void lane_stream(const uint64_t *entries, size_t n)
         return;
     for (; k < n; k += LANE_LINE)
         LANE_PREFETCH((const void *)((uintptr_t)(entries + k) + LANE_AHEAD_STREAM * sizeof(uint64_t)));
+}
+
+/*
+ * The two MM-ID slots of a large folio (v6.15): a count, an mm id, and in slot 0 the maybe-mapped-shared flag. Most folios
+ * have them in aux, as struct mm_slots has them. Where slots_inline(), they are in the counter fields of pages 2 and 3, with
+ * a shorter count and the flag as top bit, so that what changes of a small "large folio" is in its words alone. While a count
+ * does not fit, the top bit of page 3's field says so, nothing else is in the two fields, and aux has the slots.
+ */
+struct mm_slots {
+    uint64_t slot[2];
+};
+
+#define SLOT_COUNT (LANE_BIT(AUX_COUNT_BITS_) - 1)
+#define SLOT_ID ((LANE_BIT(AUX_ID_BITS_) - 1) << AUX_COUNT_BITS_)
+#define SLOT_SHARED LANE_BIT(AUX_SHARED_BIT_)
+#define SLOT_BITS (SLOT_SHARED | SLOT_ID | SLOT_COUNT)
+#define INLINE_COUNT (LANE_BIT(INLINE_COUNT_BITS_) - 1)
+#define INLINE_FLAG LANE_HALF_COUNTER /* shared on page 2, spilled on page 3 */
+enum {
+    INLINE_ID_SHIFT = COUNTER_SHIFT_ + INLINE_COUNT_BITS_ - AUX_COUNT_BITS_,
+    INLINE_FLAG_SHIFT = AUX_SHARED_BIT_ - (COUNTER_SHIFT_ + COUNTER_BITS_ - 1)
+};
+
+/* Whether the folio of a page with the word w has its slots in its words, unless they are spilled. */
+LANE_INLINE int slots_inline(uint64_t w)
+{
+    const uint64_t order = w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1);
+    return order >= INLINE_MIN_ORDER_ && order <= INLINE_MAX_ORDER_ && !(w & LANE_BIT(HUGETLB_BIT_));
+}
+
+/* The slot in a word's counter field, and the field of a slot whose count fits. */
+LANE_INLINE uint64_t slot_unpacked(uint64_t w)
+{
+    return (w >> COUNTER_SHIFT_ & INLINE_COUNT) | (w >> INLINE_ID_SHIFT & SLOT_ID) | (w & INLINE_FLAG) << INLINE_FLAG_SHIFT;
+}
+
+LANE_INLINE uint64_t slot_packed(uint64_t slot)
+{
+    return (slot & INLINE_COUNT) << COUNTER_SHIFT_ | (slot & SLOT_ID) << INLINE_ID_SHIFT | (slot >> INLINE_FLAG_SHIFT & INLINE_FLAG);
+}
+
+LANE_INLINE int slots_fit(const struct mm_slots *s)
+{
+    return !((s->slot[0] | s->slot[1]) & SLOT_COUNT & ~INLINE_COUNT);
+}
+
+/* The slots of the folio that begins at head; inlined is slots_inline() of it, and all its words are in the memmap. */
+LANE_INLINE struct mm_slots load_mm_slots(const uint64_t *words, const uint64_t *aux, size_t head, int inlined)
+{
+    struct mm_slots s;
+    if (inlined && !(words[head + 3] & INLINE_FLAG)) {
+        s.slot[0] = slot_unpacked(words[head + 2]);
+        s.slot[1] = slot_unpacked(words[head + 3]);
+    } else {
+        s.slot[0] = aux[head] & SLOT_BITS;
+        s.slot[1] = aux[head + 1] & SLOT_BITS;
+    }
+    return s;
+}
+
+LANE_INLINE void store_mm_slots(uint64_t *words, uint64_t *aux, size_t head, int inlined, struct mm_slots s)
+{
+    const int fit = inlined && slots_fit(&s);
+    if (inlined) {
+        const uint64_t third = words[head + 2], fourth = words[head + 3];
+        words[head + 2] = (third & ~LANE_COUNTER) | (fit ? slot_packed(s.slot[0]) : 0);
+        words[head + 3] = (fourth & ~LANE_COUNTER) | (fit ? slot_packed(s.slot[1]) : INLINE_FLAG);
+        if (fit && !(fourth & INLINE_FLAG))
+            return; /* aux had none of it */
+    }
+    aux[head] = (aux[head] & ~SLOT_BITS) | (fit ? 0 : s.slot[0]);
+    aux[head + 1] = fit ? 0 : s.slot[1];
 }
 
 /* One change of an entry; as pte_step in _core.pyx. */
@@ -229,12 +306,17 @@ LANE_INLINE void lane_small(struct lane *l, uint64_t *src, uint64_t *dst, uint64
     *dst = (v & l->child_keep) | l->child_set;
 }
 
-/* Whether the lane may account more mappings of the large folio with that head; a page of it has the word w. */
+/* Whether the lane may account more mappings of the large folio with that head, which is whole in the memmap; a page of it
+ * has the word w. */
 LANE_INLINE int lane_large_ok(const struct lane *l, size_t head, uint64_t w)
 {
+    struct mm_slots s;
     if (!l->large_ok || w & LANE_BIT(HUGETLB_BIT_) || l->words[head] & l->large_mask || l->words[head + 1] & LANE_HALF_COUNTER)
         return 0;
-    return !(l->mm_id && (l->aux[head] | l->aux[head + 1]) & LANE_HALF_AUX);
+    if (!l->mm_id)
+        return 1;
+    s = load_mm_slots(l->words, l->aux, head, slots_inline(w));
+    return !((s.slot[0] | s.slot[1]) & LANE_HALF_AUX);
 }
 
 /* Whether no other thread maps a page of the folio, one page of which is in the extent. */
@@ -256,19 +338,18 @@ LANE_INLINE int lane_sole(const struct lane *l, uint64_t first_pfn, size_t nr_pa
 }
 
 /* MM-ID slots of a large folio when this fork adds nr mappings; total is the large mapcount afterwards (v6.15). */
-LANE_INLINE void lane_mm_mapping(const struct lane *l, size_t head, uint64_t nr, uint64_t total)
+LANE_INLINE void lane_mm_mapping(const struct lane *l, struct mm_slots *s, uint64_t nr, uint64_t total)
 {
-    const uint64_t ids = (LANE_BIT(AUX_ID_BITS_) - 1) << AUX_COUNT_BITS_;
-    uint64_t *slot = l->aux + head, a = slot[0], b = slot[1];
-    if (LANE_LIKELY((a & ids) != l->mm && a & ids && !(b & ids))) {
-        slot[1] = b | l->mm | nr;
-        slot[0] = a | LANE_BIT(AUX_SHARED_BIT_);
-    } else if ((a & ids) == l->mm) {
-        slot[0] = a + nr;
-    } else if ((b & ids) == l->mm) {
-        slot[1] = b + nr;
-    } else if (!(a & ids)) {
-        slot[0] = a | l->mm | nr | (total != nr ? LANE_BIT(AUX_SHARED_BIT_) : 0);
+    const uint64_t a = s->slot[0], b = s->slot[1];
+    if (LANE_LIKELY((a & SLOT_ID) != l->mm && a & SLOT_ID && !(b & SLOT_ID))) {
+        s->slot[1] = b | l->mm | nr;
+        s->slot[0] = a | SLOT_SHARED;
+    } else if ((a & SLOT_ID) == l->mm) {
+        s->slot[0] = a + nr;
+    } else if ((b & SLOT_ID) == l->mm) {
+        s->slot[1] = b + nr;
+    } else if (!(a & SLOT_ID)) {
+        s->slot[0] = a | l->mm | nr | (total != nr ? SLOT_SHARED : 0);
     }
 }
 
@@ -280,8 +361,11 @@ LANE_INLINE void lane_account(struct lane *l, size_t head, uint64_t w, size_t nr
     if (l->large_mapcount) {
         uint64_t second = words[head + 1] + ((uint64_t)nr << COUNTER_SHIFT_);
         words[head + 1] = second;
-        if (l->mm_id)
-            lane_mm_mapping(l, head, nr, second >> COUNTER_SHIFT_ & (LANE_BIT(COUNTER_BITS_) - 1));
+        if (l->mm_id) {
+            struct mm_slots s = load_mm_slots(words, l->aux, head, slots_inline(w));
+            lane_mm_mapping(l, &s, nr, (second & LANE_COUNTER) >> COUNTER_SHIFT_);
+            store_mm_slots(words, l->aux, head, slots_inline(w), s);
+        }
     }
     l->rss[lane_rss(w)] += (int64_t)nr;
 }
@@ -301,9 +385,12 @@ LANE_INLINE size_t lane_left(const struct lane *l, size_t left, size_t done, siz
     return left < n - done ? left : n - done;
 }
 
-/* What all words of a folio must share with the first for lane_whole, and what none may have. */
+/* What all words of a folio must share with the first for lane_whole, and what none may have; but see there. */
 #define LANE_WHOLE_VALUE (LANE_KIND | LANE_BIT(VALID_BIT_) | (LANE_BIT(ORDER_BITS_) - 1) << ORDER_SHIFT_)
 #define LANE_WHOLE_MASK (LANE_WHOLE_VALUE | LANE_BIT(HUGETLB_BIT_) | LANE_HALF_COUNTER | (uint64_t)3 << (MAPCOUNT_BITS_ - 2))
+
+/* All bits at the place of page 2, of page 3. */
+static const uint64_t lane_third[16] = { 0, 0, ~(uint64_t)0 }, lane_fourth[16] = { 0, 0, 0, ~(uint64_t)0 };
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 

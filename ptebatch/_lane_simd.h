@@ -168,7 +168,8 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
  * folio crosses an end.
  *
  * What a folio's words and entries become is worked out for one folio; those behind it that are the same but for where
- * they are (all entries like the first, all words and MM-ID slots as they were there) are only compared and stored. */
+ * they are (all entries like the first, all words and MM-ID slots as they were there) are only compared and stored. The
+ * slots of folios of 4 pages and more are in their words; where they are spilled, or would be, this stops. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
                                                 size_t ahead, uint64_t v, const size_t pages, const uint64_t order)
 {
@@ -176,22 +177,25 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
     const uint64_t counter = (uint64_t)pages << COUNTER_SHIFT_, pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
     const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1, hard = l->present | l->valid | l->special;
     const uint64_t flip = v & l->valid ? 0 : l->inverted, step = lane_step(l, v);
-    const V mask = LANE(set)(LANE_WHOLE_MASK | l->large_mask);
-    const int mm_id = l->mm_id, prefetch = l->prefetch, second = l->large_mapcount, cow = l->cow;
+    const V all = LANE(set)(LANE_WHOLE_MASK | l->large_mask);
+    const int inlined = pages >= 4, mm_id = l->mm_id, prefetch = l->prefetch, second = l->large_mapcount, cow = l->cow;
     uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at, first[16] = {
         counter + l->page_mapcount, (second ? counter : 0) + l->page_mapcount,
         l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount,
         l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount,
         l->page_mapcount, l->page_mapcount};
-    V ramp[MOST];
+    V ramp[MOST], mask[MOST];
     size_t i = 0, k, nr;
-    for (k = 0; k < pages / LANES; k++)
+    for (k = 0; k < pages / LANES; k++) {
         ramp[k] = LANE(ramp)(k * LANES * step, step);
+        /* Page 2's field may be shared, but page 3's not spilled. */
+        mask[k] = inlined ? LANE(andnot)(LANE(and)(LANE(load)(lane_third + k * LANES), LANE(set)(INLINE_FLAG)), all) : all;
+    }
     while (i + pages <= n) {
         V before[MOST], after[MOST], wp[MOST], differ = LANE(set)(0), seen = LANE(set)(0), other = LANE(set)(0), value, normal;
         uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn, w, exclusive, child;
-        uint64_t a = 0, b = 0;
-        uint64_t a_after = 0, b_after = 0, flags, to_wp, nr_exclusive = 0;
+        uint64_t third = 0, fourth = 0, flags, to_wp, nr_exclusive = 0; /* what pages 2 and 3 get: new slots for old */
+        struct mm_slots slots = { { 0, 0 } }, slots_after;
         size_t from = i;
         int any;
         if (at >= room || pfn & (pages - 1) || (head ^ v) & hard)
@@ -211,18 +215,30 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             other = LANE(or)(other, LANE(xor)(cur, LANE(add)(LANE(set)(head), ramp[k])));
             seen = LANE(or)(seen, cur);
             before[k] = LANE(load)(words + at + k * LANES);
-            differ = LANE(or)(differ, LANE(and)(LANE(xor)(before[k], value), mask));
+            differ = LANE(or)(differ, LANE(and)(LANE(xor)(before[k], value), mask[k]));
         }
         any = LANE(nonzero)(LANE(and)(seen, LANE(set)(l->writable)));
         if (LANE(nonzero)(differ) || !lane_canonical(l, head))
             break;
         if (!l->batching && LANE(nonzero)(other))
             break;
-        if (mm_id) {
-            a = aux[at];
-            b = aux[at + 1];
-            if ((a | b) & LANE_HALF_AUX)
+        if (mm_id && inlined) {
+            slots.slot[0] = slot_unpacked(words[at + 2]);
+            slots.slot[1] = slot_unpacked(words[at + 3]);
+        } else if (mm_id) {
+            slots.slot[0] = aux[at];
+            slots.slot[1] = aux[at + 1];
+            if ((slots.slot[0] | slots.slot[1]) & LANE_HALF_AUX)
                 break;
+        }
+        slots_after = slots;
+        if (mm_id)
+            lane_mm_mapping(l, &slots_after, pages, ((words[at + 1] & LANE_COUNTER) >> COUNTER_SHIFT_) + pages);
+        if (mm_id && inlined) {
+            if (!slots_fit(&slots_after))
+                break;
+            third = slot_packed(slots_after.slot[0]) - slot_packed(slots.slot[0]);
+            fourth = slot_packed(slots_after.slot[1]) - slot_packed(slots.slot[1]);
         }
         child = lane_child(l, head, any);
         for (k = 0; k < pages / LANES; k++) {
@@ -231,12 +247,15 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             LANE(store)(dst + i + k * LANES, LANE(add)(LANE(set)(child), ramp[k]));
             nr_exclusive += (uint64_t)LANE(count)(before[k], exclusive);
             after[k] = LANE(add)(LANE(andnot)(LANE(set)(exclusive), before[k]), LANE(load)(first + k * LANES));
+            if (inlined && k * LANES < 4) {
+                after[k] = LANE(add)(after[k], LANE(and)(LANE(load)(lane_third + k * LANES), LANE(set)(third)));
+                after[k] = LANE(add)(after[k], LANE(and)(LANE(load)(lane_fourth + k * LANES), LANE(set)(fourth)));
+            }
             LANE(store)(words + at + k * LANES, after[k]);
         }
-        if (mm_id) {
-            lane_mm_mapping(l, l->extent_at + at, pages, words[at + 1] >> COUNTER_SHIFT_ & (LANE_BIT(COUNTER_BITS_) - 1));
-            a_after = aux[at];
-            b_after = aux[at + 1];
+        if (mm_id && !inlined) {
+            aux[at] = slots_after.slot[0];
+            aux[at + 1] = slots_after.slot[1];
         }
         i += pages;
         flags = head & ~pfn_mask;
@@ -249,14 +268,14 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             at = pfn - extent_pfn;
             if (at >= room || pfn & (pages - 1) || (head & ~pfn_mask) != flags)
                 break;
-            if (mm_id && ((aux[at] ^ a) | (aux[at + 1] ^ b)))
+            if (mm_id && !inlined && ((aux[at] ^ slots.slot[0]) | (aux[at + 1] ^ slots.slot[1])))
                 break;
             if (prefetch && i + LANE_AHEAD_LARGE + 16 <= ahead) {
                 uint64_t next = (((src[i + LANE_AHEAD_LARGE] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
                 LANE_PREFETCH_AT(words, next);
                 if (pages == 16)
                     LANE_PREFETCH_AT(words, next + LANE_LINE);
-                if (mm_id)
+                if (mm_id && !inlined)
                     LANE_PREFETCH_AT(aux, next);
             }
             lane_stream(src + i, pages);
@@ -275,9 +294,9 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
                 LANE(store)(dst + i + k * LANES, LANE(add)(entries[k], LANE(set)(child)));
                 LANE(store)(words + at + k * LANES, after[k]);
             }
-            if (mm_id) {
-                aux[at] = a_after;
-                aux[at + 1] = b_after;
+            if (mm_id && !inlined) {
+                aux[at] = slots_after.slot[0];
+                aux[at + 1] = slots_after.slot[1];
             }
         }
         nr = (i - from) / pages;
@@ -348,8 +367,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
                                                 size_t ahead, uint64_t v, uint64_t step, uint64_t clear)
 {
     enum { MANY = 4 };
-    /* Mostly all entries are like the first, and all words like the third page's. */
-    const uint64_t normal = lane_changed(&l->norm, v), first = lane_child(l, v, 1), like = words[n > 2 ? 2 : n - 1];
+    /* Mostly all entries are like the first, and all words like the fifth page's: behind counters and MM-ID slots. */
+    const uint64_t normal = lane_changed(&l->norm, v), first = lane_child(l, v, 1), like = words[n > 4 ? 4 : n - 1];
     const V next = LANE(set)(step * LANES), change = LANE(set)(lane_wrprotect(l, v) - v), to_child = LANE(set)(first - v);
     const V to_normal = LANE(set)(normal - v), one = LANE(set)(l->page_mapcount);
     const V ae = LANE(set)(clear), usual = LANE(set)(like), usually = LANE(set)((like & ~clear) + l->page_mapcount);

@@ -1025,8 +1025,9 @@ class _Builder:
         exclusive &= np.repeat(entire == 0, size) | np.isin(np.arange(len(count)), begin)
         word = np.repeat(whole, size) | count.astype(u)
         word |= exclusive.astype(u) << u(f.AE_BIT) | frames.has(KPF_HWPOISON)[kept].astype(u) << u(f.HWPOISON_BIT)
-        for page, counter, least in ((0, np.minimum(refcount, f.MAX_COUNTER), 1), (1, large, 2), (2, entire, 4)):
-            some = size >= least
+        has_entire = f.has_entire_mapcount(order, hugetlb)
+        refcount = np.minimum(refcount, f.MAX_COUNTER)
+        for page, counter, some in ((0, refcount, size > 0), (1, large, size > 1), (2, entire, has_entire)):
             word[begin[some] + page] |= counter[some].astype(u) << u(f.COUNTER_SHIFT)
 
         # MM-ID slots: this mm, and one other that stands for all others.

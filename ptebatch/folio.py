@@ -3,10 +3,15 @@
 Storage, read directly by the Cython core (which compares the constants below on import):
 
 * ``_words``: one uint64 per page of the sections in use, see the ``*_BIT`` and ``*_SHIFT`` constants. The counter
-  field holds the refcount on a folio's page 0, the large mapcount on page 1, the entire mapcount on page 2. Counts are
-  plain: 0 is unmapped. An absent page is the word 0.
+  field holds the refcount on a folio's page 0, the large mapcount on page 1, and on page 2 the entire mapcount, unless
+  MM-ID slots are there. Counts are plain: 0 is unmapped. An absent page is the word 0.
 * ``_aux``: for large folios, ``_aux[head]`` and ``_aux[head + 1]`` are the two MM-ID slots (count, mm id); the top bit
   of ``_aux[head]`` is the maybe-mapped-shared flag. The folio flags AUX_DIRTY and AUX_LOCKED are in ``_aux[head]`` too.
+* inline slots: folios of 4, 8 and 16 pages (INLINE_MIN_ORDER to INLINE_MAX_ORDER) but hugetlb have no entire mapcount,
+  and what ``_aux`` would cost them is a cache line a folio. Their slots are in the counter fields of pages 2 and 3: a
+  count of INLINE_COUNT_BITS, the mm id, and as top bit on page 2 the maybe-mapped-shared flag, on page 3 *spilled*. Such
+  a folio is spilled exactly while a count does not fit; then nothing else is in the two fields, and the slots are in
+  ``_aux``, which holds none otherwise. `FolioTable._mm_slots` and `FolioTable._set_mm_slots` know where slots are.
 * sections of 64 pages behind a two-level index: ``_top[pfn >> 18]`` is a block number of ``_sub`` (or -1), and
   ``_sub[block * 4096 + (pfn >> 6 & 4095)]`` is ``section << 1 | full`` (or -1). A folio larger than a section has
   consecutive sections.
@@ -46,6 +51,9 @@ AUX_ID_BITS = 20
 AUX_DIRTY_BIT = 46
 AUX_LOCKED_BIT = 47
 AUX_SHARED_BIT = 63
+INLINE_MIN_ORDER = 2
+INLINE_MAX_ORDER = 4
+INLINE_COUNT_BITS = 5
 SECTION_SHIFT = 6
 SECTION_PAGES = 1 << SECTION_SHIFT
 TOP_SHIFT = 18
@@ -55,12 +63,22 @@ MAX_PFN = (1 << 40) - 1
 MAX_MAPCOUNT = (1 << MAPCOUNT_BITS) - 1
 MAX_COUNTER = (1 << COUNTER_BITS) - 1
 MAX_MM_ID = (1 << AUX_ID_BITS) - 1
+MAX_INLINE_COUNT = (1 << INLINE_COUNT_BITS) - 1
 NEAR_LIMIT = 1 << (MAPCOUNT_BITS - 2)
 GUP_PIN_COUNTING_BIAS = 1024
 PIECE = 1 << 16
 """Pages that are looked up at a time, so that what comes of it on the way stays in the cache."""
 
 _MAPCOUNT = np.uint64(MAX_MAPCOUNT)
+_COUNTER = np.uint64(MAX_COUNTER << COUNTER_SHIFT)
+_SLOT = np.uint64(1 << AUX_SHARED_BIT | MAX_MM_ID << AUX_COUNT_BITS | MAX_COUNTER)
+"""What of ``_aux`` belongs to an MM-ID slot."""
+_INLINE_FLAG = np.uint64(1 << COUNTER_SHIFT + COUNTER_BITS - 1)
+"""Top bit of a counter field: maybe-mapped-shared on page 2 of a folio with inline slots, spilled on page 3."""
+_FLAG_SHIFT = np.uint64(AUX_SHARED_BIT - (COUNTER_SHIFT + COUNTER_BITS - 1))
+_ID_SHIFT = np.uint64(COUNTER_SHIFT + INLINE_COUNT_BITS - AUX_COUNT_BITS)
+_NO_ENTIRE_MAPCOUNT = "a folio of order {order} has no entire_mapcount: only hugetlb ones of 4 or more pages and " \
+                      f"others of more than {1 << INLINE_MAX_ORDER} are mapped whole by one entry"
 _FLAG_BITS = {
     "anon": ANON_BIT,
     "swapbacked": SWAPBACKED_BIT,
@@ -277,8 +295,8 @@ class FolioTable:
         pincount = _count("pincount", pincount, MAX_COUNTER)
         if order == 0 and pincount:
             raise ArgumentError("a small folio has no pincount; add 1024 to its refcount for each pin")
-        if entire_mapcount and order < 2:
-            raise ArgumentError("entire_mapcount needs a folio of order 2 or more")
+        if entire_mapcount and not has_entire_mapcount(order, hugetlb):
+            raise ArgumentError(_NO_ENTIRE_MAPCOUNT.format(order=order))
         self.add_folios(
             [pfn], order, anon=anon, swapbacked=swapbacked, ksm=ksm, hugetlb=hugetlb, device=device
         )
@@ -405,8 +423,11 @@ class FolioTable:
         words[...] = flags | 1
         words[:, :2] += np.uint64(nr_pages << COUNTER_SHIFT)  # refcount and large mapcount; of a small folio, the first
         aux[...] = 0
-        if order:
-            aux[:, 0] = _count("mm_id", mm_id, MAX_MM_ID) << AUX_COUNT_BITS | nr_pages
+        mm_id = _count("mm_id", mm_id, MAX_MM_ID)
+        if INLINE_MIN_ORDER <= order <= INLINE_MAX_ORDER:
+            words[:, 2] += np.uint64((mm_id << INLINE_COUNT_BITS | nr_pages) << COUNTER_SHIFT)
+        elif order:
+            aux[:, 0] = mm_id << AUX_COUNT_BITS | nr_pages
 
     def remove(self, head_pfn: int) -> None:
         """Take a folio away (its pages are free afterwards)."""
@@ -551,7 +572,7 @@ class FolioTable:
     def _add_mm_mappings(self, heads: I64, mm_id: int, nr: U64) -> None:
         id_mask, mine = np.uint64(MAX_MM_ID << AUX_COUNT_BITS), np.uint64(mm_id << AUX_COUNT_BITS)
         shared = np.uint64(1 << AUX_SHARED_BIT)
-        slot0, slot1 = self._aux[heads], self._aux[heads + 1]
+        slot0, slot1 = self._mm_slots(heads)
         in0 = slot0 & id_mask == mine
         in1 = ~in0 & (slot1 & id_mask == mine)
         to0 = ~in0 & ~in1 & (slot0 & id_mask == 0)
@@ -559,8 +580,26 @@ class FolioTable:
         slot0 = np.where(in0, slot0 + nr, np.where(to0, slot0 | mine | nr, slot0))
         slot1 = np.where(in1, slot1 + nr, np.where(to1, slot1 | mine | nr, slot1))
         others = to1 | (to0 & (self._counter(heads + 1).astype(np.uint64) != nr))
-        self._aux[heads] = np.where(others, slot0 | shared, slot0)
-        self._aux[heads + 1] = slot1
+        self._set_mm_slots(heads, np.where(others, slot0 | shared, slot0), slot1)
+
+    def _mm_slots(self, heads: I64) -> tuple[U64, U64]:
+        """MM-ID slots of large folios, given by the indices of their heads: each count, id and flag as in ``_aux``."""
+        slot0, slot1 = self._aux[heads] & _SLOT, self._aux[heads + 1] & _SLOT
+        inline = _has_inline_slots(self._words[heads])
+        inline[inline] = self._words[heads[inline] + 3] & _INLINE_FLAG == 0  # not spilled
+        at = heads[inline]
+        slot0[inline], slot1[inline] = (_unpacked(self._words[at + page]) for page in (2, 3))
+        return slot0, slot1
+
+    def _set_mm_slots(self, heads: I64, slot0: U64, slot1: U64) -> None:
+        """Write what `_mm_slots` reads; no folio may be given twice."""
+        inline = _has_inline_slots(self._words[heads])
+        fits = inline & ((slot0 | slot1) & np.uint64(MAX_COUNTER) <= np.uint64(MAX_INLINE_COUNT))
+        self._aux[heads] = self._aux[heads] & ~_SLOT | np.where(fits, 0, slot0)
+        self._aux[heads + 1] = np.where(fits, 0, slot1)
+        at, fits, slot0, slot1 = heads[inline], fits[inline], slot0[inline], slot1[inline]
+        self._words[at + 2] = self._words[at + 2] & ~_COUNTER | np.where(fits, _packed(slot0), 0)
+        self._words[at + 3] = self._words[at + 3] & ~_COUNTER | np.where(fits, _packed(slot1), _INLINE_FLAG)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -640,13 +679,23 @@ class FolioTable:
         return self._field(pfns, bits[name], 1).astype(bool)
 
     def pages_table(self) -> dict[str, npt.NDArray[Any]]:
-        """All pages as columns in PFN order: ``pfn`` int64, ``word`` and ``aux`` uint64, ``pincount`` int64."""
+        """All pages as columns in PFN order: ``pfn`` int64, ``word`` and ``aux`` uint64, ``pincount`` int64.
+
+        The MM-ID slots of all folios are in ``aux``, and page 2 has no count but the entire mapcount.
+        """
         index = self._valid()
         pfns = self._pfns_at(index)
+        words, aux = self._words[index], self._aux[index]
+        inline = np.flatnonzero(_has_inline_slots(words) & (_offsets(words, pfns) == 0))
+        slot0, slot1 = self._mm_slots(index[inline])
+        words[inline + 2] &= ~_COUNTER
+        words[inline + 3] &= ~_COUNTER
+        aux[inline] = aux[inline] & ~_SLOT | slot0
+        aux[inline + 1] = slot1
         pincount = np.zeros(len(pfns), dtype=np.int64)
         for head, count in self._pincounts.items():
             pincount[np.searchsorted(pfns, head)] = count
-        return {"pfn": pfns, "word": self._words[index], "aux": self._aux[index], "pincount": pincount}
+        return {"pfn": pfns, "word": words, "aux": aux, "pincount": pincount}
 
     @classmethod
     def from_pages_table(cls, table: dict[str, npt.NDArray[Any]]) -> FolioTable:
@@ -658,6 +707,10 @@ class FolioTable:
             index = folios._index(pfns)
             folios._words[index] = table["word"]
             folios._aux[index] = table["aux"]
+            heads = index[_has_inline_slots(table["word"]) & (_offsets(table["word"], pfns) == 0)]
+            if (folios._words[heads + 2] & _COUNTER).any():
+                raise StateError(f"an entire mapcount in a folio of {1 << INLINE_MAX_ORDER} pages or fewer")
+            folios._set_mm_slots(heads, folios._aux[heads] & _SLOT, folios._aux[heads + 1] & _SLOT)
             folios._update_full(np.unique(pfns >> SECTION_SHIFT))
             folios._near_limit = bool((table["word"] & _MAPCOUNT).max() >= NEAR_LIMIT)
         pinned = np.flatnonzero(table["pincount"])
@@ -720,6 +773,38 @@ def tally(values: I64) -> tuple[I64, I64]:
     counts = np.bincount(values - low)  # many in a narrow range: no need to sort them
     found = np.flatnonzero(counts)
     return found + low, counts[found]
+
+
+def _has_inline_slots(words: U64) -> npt.NDArray[np.bool_]:
+    """Tell from a word of any of its pages whether a folio has its MM-ID slots inline, or spilled."""
+    order = words >> np.uint64(ORDER_SHIFT) & np.uint64((1 << ORDER_BITS) - 1)
+    hugetlb = words >> np.uint64(HUGETLB_BIT) & np.uint64(1) != 0
+    return (order >= INLINE_MIN_ORDER) & (order <= INLINE_MAX_ORDER) & ~hugetlb
+
+
+def has_entire_mapcount(order: Any, hugetlb: Any) -> Any:
+    """Tell of one folio, or of each in arrays, whether page 2 counts its entire mappings."""
+    return (order > INLINE_MAX_ORDER) | ((order >= 2) & hugetlb)
+
+
+def _offsets(words: U64, pfns: I64) -> U64:
+    """Which page of its folio each one is."""
+    order = words >> np.uint64(ORDER_SHIFT) & np.uint64((1 << ORDER_BITS) - 1)
+    return pfns.astype(np.uint64) & ((np.uint64(1) << order) - np.uint64(1))
+
+
+def _unpacked(words: U64) -> U64:
+    """MM-ID slots, as in ``_aux``, from the words that have them inline."""
+    count = words >> np.uint64(COUNTER_SHIFT) & np.uint64(MAX_INLINE_COUNT)
+    mm_id = words >> _ID_SHIFT & np.uint64(MAX_MM_ID << AUX_COUNT_BITS)
+    return count | mm_id | (words & _INLINE_FLAG) << _FLAG_SHIFT
+
+
+def _packed(slots: U64) -> U64:
+    """Counter fields, in their place in a word, for MM-ID slots as in ``_aux`` whose counts fit."""
+    count = (slots & np.uint64(MAX_INLINE_COUNT)) << np.uint64(COUNTER_SHIFT)
+    mm_id = (slots & np.uint64(MAX_MM_ID << AUX_COUNT_BITS)) << _ID_SHIFT
+    return count | mm_id | (slots >> _FLAG_SHIFT & _INLINE_FLAG)
 
 
 def _ranges(starts: I64, lengths: I64) -> I64:
@@ -831,12 +916,15 @@ class Folio:
 
     @property
     def entire_mapcount(self) -> int:
-        """_entire_mapcount: PMD and hugetlb mappings (plain); 0 for orders without one."""
-        return self._get_counter(2, "entire_mapcount") if self.order >= 2 else 0
+        """_entire_mapcount: PMD and hugetlb mappings (plain); 0 for folios too small for one."""
+        return self._get_counter(2, "entire_mapcount") if has_entire_mapcount(self.order, self.hugetlb) else 0
 
     @entire_mapcount.setter
     def entire_mapcount(self, value: int) -> None:
-        self._set_counter(2, "entire_mapcount", value)
+        if has_entire_mapcount(self.order, self.hugetlb):
+            self._set_counter(2, "entire_mapcount", value)
+        elif _count("entire_mapcount", value, MAX_COUNTER):
+            raise ArgumentError(_NO_ENTIRE_MAPCOUNT.format(order=self.order))
 
     @property
     def pincount(self) -> int:
@@ -893,41 +981,44 @@ class Folio:
         """folio_maybe_dma_pinned(): a pincount, or at least 1024 references of a small folio."""
         return self.pincount > 0 if self.order else self.refcount >= GUP_PIN_COUNTING_BIAS
 
-    def _aux(self) -> tuple[int, int, int]:
+    def _slots(self) -> list[int]:
+        """Both MM-ID slots as `FolioTable._mm_slots` gives them."""
         if not self.order:
             raise ArgumentError("a small folio has no MM-ID slots")
-        at = self._folios._at(self.pfn)
-        return at, int(self._folios._aux[at]), int(self._folios._aux[at + 1])
+        return [int(slot[0]) for slot in self._folios._mm_slots(self._heads())]
+
+    def _set_slots(self, slots: Sequence[int]) -> None:
+        self._folios._set_mm_slots(self._heads(), *(np.array([slot], dtype=np.uint64) for slot in slots))
+
+    def _heads(self) -> I64:
+        return np.array([self._folios._at(self.pfn)], dtype=np.int64)
 
     @property
     def mm_ids(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """The two MM-ID slots as (mm id, its mappings); (0, 0) is an empty slot."""
-        _, aux0, aux1 = self._aux()
-        first, second = ((a >> AUX_COUNT_BITS & MAX_MM_ID, a & MAX_COUNTER) for a in (aux0, aux1))
+        first, second = ((slot >> AUX_COUNT_BITS & MAX_MM_ID, slot & MAX_COUNTER) for slot in self._slots())
         return first, second
 
     def set_mm_ids(self, slots: Sequence[tuple[int, int]]) -> None:
         """Write both slots; the maybe-mapped-shared flag stays."""
-        at, aux0, aux1 = self._aux()
+        shared = self._slots()[0] & 1 << AUX_SHARED_BIT
         if len(slots) != 2:
             raise ArgumentError("there are two MM-ID slots")
-        values = [
+        first, second = (
             _count("mm id", mm_id, MAX_MM_ID) << AUX_COUNT_BITS | _count("MM-ID mapcount", count, MAX_COUNTER)
             for mm_id, count in slots
-        ]
-        keep = ~(MAX_MM_ID << AUX_COUNT_BITS | MAX_COUNTER)
-        self._folios._aux[at] = aux0 & keep | values[0]
-        self._folios._aux[at + 1] = aux1 & keep | values[1]
+        )
+        self._set_slots((first | shared, second))
 
     @property
     def maybe_mapped_shared(self) -> bool:
         """The SHARED flag of a large folio (v6.15+); of a small one: mapped more than once."""
-        return bool(self._aux()[1] >> AUX_SHARED_BIT) if self.order else self.large_mapcount > 1
+        return bool(self._slots()[0] >> AUX_SHARED_BIT) if self.order else self.large_mapcount > 1
 
     @maybe_mapped_shared.setter
     def maybe_mapped_shared(self, value: bool) -> None:
-        at, aux0, _ = self._aux()
-        self._folios._aux[at] = aux0 & ~(1 << AUX_SHARED_BIT) | int(bool(value)) << AUX_SHARED_BIT
+        first, second = self._slots()
+        self._set_slots((first & ~(1 << AUX_SHARED_BIT) | int(bool(value)) << AUX_SHARED_BIT, second))
 
     def add_mm_mapping(self, mm_id: int, nr: int) -> None:
         """`mm_id` has `nr` more mappings; the large mapcount already includes them.

@@ -220,9 +220,10 @@ def _columns(mm: Mm) -> dict[str, Array]:
     pages = folios._words[folios.lookup(_pages_of(heads, orders))]
     words = folios._words[at]
     large, order = at[orders > 0], orders[orders > 0]
-    aux = np.stack([folios._aux[large], folios._aux[large + 1]], axis=1)
+    aux = np.stack(folios._mm_slots(large), axis=1)
     entire = np.zeros(len(large), dtype=np.uint64)
-    entire[order > 1] = folios._words[large[order > 1] + 2]
+    has_entire = f.has_entire_mapcount(order, folios._words[large] >> np.uint64(f.HUGETLB_BIT) & np.uint64(1) != 0)
+    entire[has_entire] = folios._words[large[has_entire] + 2]
     return {
         "tables.vpn": mm.vpns,
         "tables.entries": mm.entries,
@@ -509,8 +510,9 @@ def _build_folios(columns: dict[str, Array], document: dict[str, Any], size: int
         _fail("large.mm_id", "a slot without mappings, mappings without a slot, or one mm in both slots")
     if (ids[hugetlb[large]] != 0).any() or (columns["large.bits"][hugetlb[large]] & 1).any():
         _fail("large.mm_id", "a hugetlb folio has MM-ID slots")
-    if columns["large.entire_mapcount"][orders[large] == 1].any():
-        _fail("large.entire_mapcount", "a folio of two pages has one")
+    has_entire = f.has_entire_mapcount(orders[large], hugetlb[large])
+    if columns["large.entire_mapcount"][~has_entire].any():
+        _fail("large.entire_mapcount", "a folio has one that is too small for it")
 
     folios = FolioTable()
     if not len(heads):
@@ -523,12 +525,10 @@ def _build_folios(columns: dict[str, Array], document: dict[str, Any], size: int
     folios._words[at] |= columns["folios.refcount"].astype(np.uint64) << np.uint64(f.COUNTER_SHIFT)
     at = at[large]
     folios._words[at + 1] |= columns["large.large_mapcount"].astype(np.uint64) << np.uint64(f.COUNTER_SHIFT)
-    three = orders[large] > 1
-    entire = columns["large.entire_mapcount"][three].astype(np.uint64)
-    folios._words[at[three] + 2] |= entire << np.uint64(f.COUNTER_SHIFT)
+    entire = columns["large.entire_mapcount"][has_entire].astype(np.uint64)
+    folios._words[at[has_entire] + 2] |= entire << np.uint64(f.COUNTER_SHIFT)
     slots = counts.astype(np.uint64) | ids.astype(np.uint64) << np.uint64(f.AUX_COUNT_BITS)
-    folios._aux[at] |= slots[:, 0] | _scatter(columns["large.bits"], _AUX_BITS)
-    folios._aux[at + 1] = slots[:, 1]
+    folios._set_mm_slots(at, slots[:, 0] | _scatter(columns["large.bits"], _AUX_BITS), slots[:, 1])
     pinned = columns["large.pincount"] != 0
     for head, count in zip(heads[large][pinned].tolist(), columns["large.pincount"][pinned].tolist(), strict=True):
         folios.folio(head).pincount = count

@@ -9,8 +9,8 @@ Storage, read directly by the Cython core (which compares the constants below on
   of ``_aux[head]`` is the maybe-mapped-shared flag. The folio flags AUX_DIRTY and AUX_LOCKED are in ``_aux[head]`` too.
 * inline slots: folios of 4, 8 and 16 pages (INLINE_MIN_ORDER to INLINE_MAX_ORDER) but hugetlb have no entire mapcount,
   and what ``_aux`` would cost them is a cache line a folio. Their slots are in the counter fields of pages 2 and 3: a
-  count of INLINE_COUNT_BITS, the mm id, and as top bit on page 2 the maybe-mapped-shared flag, on page 3 *spilled*. Such
-  a folio is spilled exactly while a count does not fit; then nothing else is in the two fields, and the slots are in
+  count of INLINE_COUNT_BITS, the mm id, and as top bit on page 2 the maybe-mapped-shared flag, on page 3 *spilled*.
+  A folio is spilled exactly while a count does not fit; then nothing else is in the two fields, and the slots are in
   ``_aux``, which holds none otherwise. `FolioTable._mm_slots` and `FolioTable._set_mm_slots` know where slots are.
 * sections of 64 pages behind a two-level index: ``_top[pfn >> 18]`` is a block number of ``_sub`` (or -1), and
   ``_sub[block * 4096 + (pfn >> 6 & 4095)]`` is ``section << 1 | full`` (or -1). A folio larger than a section has
@@ -77,8 +77,7 @@ _INLINE_FLAG = np.uint64(1 << COUNTER_SHIFT + COUNTER_BITS - 1)
 """Top bit of a counter field: maybe-mapped-shared on page 2 of a folio with inline slots, spilled on page 3."""
 _FLAG_SHIFT = np.uint64(AUX_SHARED_BIT - (COUNTER_SHIFT + COUNTER_BITS - 1))
 _ID_SHIFT = np.uint64(COUNTER_SHIFT + INLINE_COUNT_BITS - AUX_COUNT_BITS)
-_NO_ENTIRE_MAPCOUNT = "a folio of order {order} has no entire_mapcount: only hugetlb ones of 4 or more pages and " \
-                      f"others of more than {1 << INLINE_MAX_ORDER} are mapped whole by one entry"
+_NO_ENTIRE_MAPCOUNT = "a folio of order {order} that is not a larger hugetlb one has no entire_mapcount"
 _FLAG_BITS = {
     "anon": ANON_BIT,
     "swapbacked": SWAPBACKED_BIT,

@@ -25,6 +25,7 @@ L = X86_64
 TABLE_END = 7 * L.ptrs_per_pte  # virtual page number; VMAs straddle it
 FIRST_PFN = 1 << 14
 MAX_ORDER = 6
+OTHER_MM_ID = (1 << 20) - 1
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class FolioSpec:
     device: bool = False
     dirty: bool = False
     locked: bool = False
+    others: int = 0  # mappings by another mm, of a large folio
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def draw_folio(draw: st.DrawFn) -> FolioSpec:
         device=anon and flag(draw, 6),
         dirty=flag(draw),
         locked=flag(draw, 20),
+        others=pick(draw, (0, 0, 0, 1, 31, 32)) if order else 0,
     )
 
 
@@ -305,9 +308,9 @@ def build(case: Case, layout: PteLayout = X86_64) -> Mm:
             anon=spec.anon,
             swapbacked=spec.swapbacked,
             device=spec.device,
-            refcount=total + spec.extra_refs,
+            refcount=total + spec.extra_refs + spec.others,
             mapcount=mapcount,
-            large_mapcount=total if spec.order else None,
+            large_mapcount=total + spec.others if spec.order else None,
             anon_exclusive=[bool(spec.exclusive >> k & 1) for k in range(pages)],
             pincount=int(spec.pinned) if spec.order else 0,
         )
@@ -349,8 +352,9 @@ def build(case: Case, layout: PteLayout = X86_64) -> Mm:
             mapped = sum(
                 run.nr for vma in case.vmas for run in vma.runs if run.folio == at and run.swap_type is None
             )
-            if mapped:
-                folios.folio(heads[at]).set_mm_ids(((mm.mm_id, mapped), (0, 0)))
+            folio = folios.folio(heads[at])
+            folio.set_mm_ids(((mm.mm_id * (mapped > 0), mapped), (OTHER_MM_ID * (spec.others > 0), spec.others)))
+            folio.maybe_mapped_shared = mapped > 0 < spec.others
     for offset, count in case.swap:
         folios.swap.add([swap_key(0, offset)], count)
     if case.leaf is not None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PRIVATE, cases, kernels
-from test_differential import BATCHING, check_fork, check_wrprotect_range
+from test_differential import BATCHING, check_fork, check_wrprotect_range, stored
 from test_differential import EXAMPLES as DIFFERENTIAL
 
 from ptebatch import _core, arch, batch
@@ -105,6 +105,7 @@ def test_workload(level, name, run):
     assert got.stats.to_dict() == expected.stats.to_dict()
     assert digest([one, got.child], one.folios, run[0]) == digest([two, expected.child], two.folios, run[0])
     assert one.folios == two.folios
+    assert stored(one.folios) == stored(two.folios)
     for cut in (0, 13):
         one = copy_state(memory(name))
         two, stats = expected_wrprotect(name, *run, cut)
@@ -178,6 +179,51 @@ def test_neighbours_of_one_size_are_two_folios(level, order, cut, semantics):
     assert one.stats == two.stats
     assert np.array_equal(one.child.entries, two.child.entries)
     assert folios == other.folios
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("run", [(LATEST, None), (LATEST, False), (V6_12, None)], ids=["batched", "single", "v6.12"])
+def test_counts_that_leave_their_pages(level, order, run):
+    """Folios mapped whole and in part, up to eleven times by one mm: counts of MM-ID slots pass what fits into a page's
+    word while the child is made, come back as it exits, and whoever does the work leaves the same arrays behind."""
+    semantics, batching = run
+    nr, first = 1 << order, 1 << 18
+    parts = [slice(None), slice(None), slice(1, None), slice(nr - 1), slice(nr // 2, None)]
+    which, pages = 0, []
+    for part in parts:
+        for times in range(1, 12):
+            for _ in range(4):
+                which += 1
+                pages += [np.arange(nr)[part] + which * nr] * times
+    folios = FolioTable()
+    folios.add_folios(first + nr * np.arange(which + 1), order)
+    flat, start = np.concatenate(pages), 0x40000000
+    space = Mm.for_vmas(L, folios, [Vma(start, start + len(flat) * 4096, PRIVATE, anon_vma=True)])
+    space.fill(start, np.uint64(0x8000000000000067) | (first + flat).astype(np.uint64) << np.uint64(12))
+    account(space)
+    other_mm = folios.new_mm_id()
+    for at in range(1, which + 1):
+        folio = folios.folio(first + at * nr)
+        taken = (other_mm, (15, 28, 31, 40)[at // 4 % 4])
+        kept = [folio.mm_ids, ((space.mm_id, 1), (0, 0)), ((0, 0), taken), (taken, (space.mm_id, 32))][at % 4]
+        folio.set_mm_ids(kept)
+        folio.locked = at % 3 == 0
+    one, two = space, copy_state(space)
+    before = stored(folios)
+    for _ in range(2):
+        got = fork(one, semantics=semantics, batching=batching)
+        expected = fork(two, semantics=semantics, batching=batching, impl="reference")
+        assert got.stats.to_dict() == expected.stats.to_dict()
+        assert np.array_equal(one.entries, two.entries)
+        assert np.array_equal(got.child.entries, expected.child.entries)
+        assert stored(one.folios) == stored(two.folios)
+        assert stored(one.folios) != before
+    exit_mmap(got.child, semantics=semantics, batching=batching)
+    exit_mmap(expected.child, semantics=semantics, batching=batching, impl="reference")
+    assert stored(one.folios) == stored(two.folios)
+    exit_mmap(one, semantics=semantics, batching=batching)
+    exit_mmap(two, semantics=semantics, batching=batching, impl="reference")
+    assert stored(one.folios) == stored(two.folios)
 
 
 def test_extent():

@@ -304,6 +304,7 @@ HOSTILE = [
     ("large.pincount", put("large.pincount", 1 << 26)),
     ("large.large_mapcount", put("large.large_mapcount", 1 << 26)),
     ("large.entire_mapcount", put("large.entire_mapcount", (1 << 32) - 1)),
+    ("large.entire_mapcount", put("large.entire_mapcount", 1)),
     ("large.mm_id", put("large.mm_id", 77)),
     ("large.mm_id", put("large.mm_id", 0)),
     ("large.mm_id", both_slots),

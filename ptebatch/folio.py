@@ -70,13 +70,14 @@ PIECE = 1 << 16
 """Pages that are looked up at a time, so that what comes of it on the way stays in the cache."""
 
 _MAPCOUNT = np.uint64(MAX_MAPCOUNT)
-_COUNTER = np.uint64(MAX_COUNTER << COUNTER_SHIFT)
-_SLOT = np.uint64(1 << AUX_SHARED_BIT | MAX_MM_ID << AUX_COUNT_BITS | MAX_COUNTER)
+_NO_COUNTER = ~(MAX_COUNTER << COUNTER_SHIFT) & (1 << 64) - 1
+_SLOT = 1 << AUX_SHARED_BIT | MAX_MM_ID << AUX_COUNT_BITS | MAX_COUNTER
 """What of ``_aux`` belongs to an MM-ID slot."""
-_INLINE_FLAG = np.uint64(1 << COUNTER_SHIFT + COUNTER_BITS - 1)
+_NO_SLOT = ~_SLOT & (1 << 64) - 1
+_INLINE_FLAG = 1 << COUNTER_SHIFT + COUNTER_BITS - 1
 """Top bit of a counter field: maybe-mapped-shared on page 2 of a folio with inline slots, spilled on page 3."""
-_FLAG_SHIFT = np.uint64(AUX_SHARED_BIT - (COUNTER_SHIFT + COUNTER_BITS - 1))
-_ID_SHIFT = np.uint64(COUNTER_SHIFT + INLINE_COUNT_BITS - AUX_COUNT_BITS)
+_FLAG_SHIFT = AUX_SHARED_BIT - (COUNTER_SHIFT + COUNTER_BITS - 1)
+_ID_SHIFT = COUNTER_SHIFT + INLINE_COUNT_BITS - AUX_COUNT_BITS
 _NO_ENTIRE_MAPCOUNT = "a folio of order {order} that is not a larger hugetlb one has no entire_mapcount"
 _FLAG_BITS = {
     "anon": ANON_BIT,
@@ -583,7 +584,7 @@ class FolioTable:
 
     def _mm_slots(self, heads: I64) -> tuple[U64, U64]:
         """MM-ID slots of large folios, given by the indices of their heads: each count, id and flag as in ``_aux``."""
-        slot0, slot1 = self._aux[heads] & _SLOT, self._aux[heads + 1] & _SLOT
+        slot0, slot1 = self._aux[heads] & np.uint64(_SLOT), self._aux[heads + 1] & np.uint64(_SLOT)
         inline = _has_inline_slots(self._words[heads])
         inline[inline] = self._words[heads[inline] + 3] & _INLINE_FLAG == 0  # not spilled
         at = heads[inline]
@@ -593,12 +594,12 @@ class FolioTable:
     def _set_mm_slots(self, heads: I64, slot0: U64, slot1: U64) -> None:
         """Write what `_mm_slots` reads; no folio may be given twice."""
         inline = _has_inline_slots(self._words[heads])
-        fits = inline & ((slot0 | slot1) & np.uint64(MAX_COUNTER) <= np.uint64(MAX_INLINE_COUNT))
-        self._aux[heads] = self._aux[heads] & ~_SLOT | np.where(fits, 0, slot0)
+        fits = inline & _fit(slot0, slot1)
+        self._aux[heads] = self._aux[heads] & _NO_SLOT | np.where(fits, 0, slot0)
         self._aux[heads + 1] = np.where(fits, 0, slot1)
         at, fits, slot0, slot1 = heads[inline], fits[inline], slot0[inline], slot1[inline]
-        self._words[at + 2] = self._words[at + 2] & ~_COUNTER | np.where(fits, _packed(slot0), 0)
-        self._words[at + 3] = self._words[at + 3] & ~_COUNTER | np.where(fits, _packed(slot1), _INLINE_FLAG)
+        self._words[at + 2] = self._words[at + 2] & _NO_COUNTER | np.where(fits, _packed(slot0), 0)
+        self._words[at + 3] = self._words[at + 3] & _NO_COUNTER | np.where(fits, _packed(slot1), _INLINE_FLAG)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -687,9 +688,9 @@ class FolioTable:
         words, aux = self._words[index], self._aux[index]
         inline = np.flatnonzero(_has_inline_slots(words) & (_offsets(words, pfns) == 0))
         slot0, slot1 = self._mm_slots(index[inline])
-        words[inline + 2] &= ~_COUNTER
-        words[inline + 3] &= ~_COUNTER
-        aux[inline] = aux[inline] & ~_SLOT | slot0
+        words[inline + 2] &= _NO_COUNTER
+        words[inline + 3] &= _NO_COUNTER
+        aux[inline] = aux[inline] & _NO_SLOT | slot0
         aux[inline + 1] = slot1
         pincount = np.zeros(len(pfns), dtype=np.int64)
         for head, count in self._pincounts.items():
@@ -707,9 +708,9 @@ class FolioTable:
             folios._words[index] = table["word"]
             folios._aux[index] = table["aux"]
             heads = index[_has_inline_slots(table["word"]) & (_offsets(table["word"], pfns) == 0)]
-            if (folios._words[heads + 2] & _COUNTER).any():
+            if folios._counter(heads + 2).any():
                 raise StateError(f"an entire mapcount in a folio of {1 << INLINE_MAX_ORDER} pages or fewer")
-            folios._set_mm_slots(heads, folios._aux[heads] & _SLOT, folios._aux[heads + 1] & _SLOT)
+            folios._set_mm_slots(heads, *(folios._aux[heads + k] & np.uint64(_SLOT) for k in (0, 1)))
             folios._update_full(np.unique(pfns >> SECTION_SHIFT))
             folios._near_limit = bool((table["word"] & _MAPCOUNT).max() >= NEAR_LIMIT)
         pinned = np.flatnonzero(table["pincount"])
@@ -774,15 +775,15 @@ def tally(values: I64) -> tuple[I64, I64]:
     return found + low, counts[found]
 
 
-def _has_inline_slots(words: U64) -> npt.NDArray[np.bool_]:
+# Of one folio, in Python's numbers, as well as of many, in arrays.
+def _has_inline_slots(word: Any) -> Any:
     """Tell from a word of any of its pages whether a folio has its MM-ID slots inline, or spilled."""
-    order = words >> np.uint64(ORDER_SHIFT) & np.uint64((1 << ORDER_BITS) - 1)
-    hugetlb = words >> np.uint64(HUGETLB_BIT) & np.uint64(1) != 0
-    return (order >= INLINE_MIN_ORDER) & (order <= INLINE_MAX_ORDER) & ~hugetlb
+    order = word >> ORDER_SHIFT & (1 << ORDER_BITS) - 1
+    return (order >= INLINE_MIN_ORDER) & (order <= INLINE_MAX_ORDER) & (word >> HUGETLB_BIT & 1 == 0)
 
 
 def has_entire_mapcount(order: Any, hugetlb: Any) -> Any:
-    """Tell of one folio, or of each in arrays, whether page 2 counts its entire mappings."""
+    """Tell whether page 2 counts the entire mappings."""
     return (order > INLINE_MAX_ORDER) | ((order >= 2) & hugetlb)
 
 
@@ -792,18 +793,21 @@ def _offsets(words: U64, pfns: I64) -> U64:
     return pfns.astype(np.uint64) & ((np.uint64(1) << order) - np.uint64(1))
 
 
-def _unpacked(words: U64) -> U64:
-    """MM-ID slots, as in ``_aux``, from the words that have them inline."""
-    count = words >> np.uint64(COUNTER_SHIFT) & np.uint64(MAX_INLINE_COUNT)
-    mm_id = words >> _ID_SHIFT & np.uint64(MAX_MM_ID << AUX_COUNT_BITS)
-    return count | mm_id | (words & _INLINE_FLAG) << _FLAG_SHIFT
+def _fit(slot0: Any, slot1: Any) -> Any:
+    """Tell whether both counts fit where inline slots are."""
+    return (slot0 | slot1) & MAX_COUNTER <= MAX_INLINE_COUNT
 
 
-def _packed(slots: U64) -> U64:
-    """Counter fields, in their place in a word, for MM-ID slots as in ``_aux`` whose counts fit."""
-    count = (slots & np.uint64(MAX_INLINE_COUNT)) << np.uint64(COUNTER_SHIFT)
-    mm_id = (slots & np.uint64(MAX_MM_ID << AUX_COUNT_BITS)) << _ID_SHIFT
-    return count | mm_id | (slots >> _FLAG_SHIFT & _INLINE_FLAG)
+def _unpacked(word: Any) -> Any:
+    """Return the MM-ID slot, as in ``_aux``, from the word that has it inline."""
+    mm_id = word >> _ID_SHIFT & MAX_MM_ID << AUX_COUNT_BITS
+    return word >> COUNTER_SHIFT & MAX_INLINE_COUNT | mm_id | (word & _INLINE_FLAG) << _FLAG_SHIFT
+
+
+def _packed(slot: Any) -> Any:
+    """Return the counter field, in its place in a word, of an MM-ID slot as in ``_aux`` whose count fits."""
+    mm_id = (slot & MAX_MM_ID << AUX_COUNT_BITS) << _ID_SHIFT
+    return (slot & MAX_INLINE_COUNT) << COUNTER_SHIFT | mm_id | slot >> _FLAG_SHIFT & _INLINE_FLAG
 
 
 def _ranges(starts: I64, lengths: I64) -> I64:
@@ -981,16 +985,24 @@ class Folio:
         return self.pincount > 0 if self.order else self.refcount >= GUP_PIN_COUNTING_BIAS
 
     def _slots(self) -> list[int]:
-        """Both MM-ID slots as `FolioTable._mm_slots` gives them."""
+        """Both MM-ID slots; `FolioTable._mm_slots` of one folio, which is far slower there."""
         if not self.order:
             raise ArgumentError("a small folio has no MM-ID slots")
-        return [int(slot[0]) for slot in self._folios._mm_slots(self._heads())]
+        if _has_inline_slots(self._word(0)) and not self._word(3) & _INLINE_FLAG:
+            return [_unpacked(self._word(page)) for page in (2, 3)]
+        at = self._folios._at(self.pfn)
+        return [int(slot) & _SLOT for slot in self._folios._aux[at : at + 2]]
 
     def _set_slots(self, slots: Sequence[int]) -> None:
-        self._folios._set_mm_slots(self._heads(), *(np.array([slot], dtype=np.uint64) for slot in slots))
-
-    def _heads(self) -> I64:
-        return np.array([self._folios._at(self.pfn)], dtype=np.int64)
+        """`FolioTable._set_mm_slots` of one folio."""
+        at, words, aux = self._folios._at(self.pfn), self._folios._words, self._folios._aux
+        inline = _has_inline_slots(self._word(0))
+        fit = inline and _fit(*slots)
+        aux[at], aux[at + 1] = int(aux[at]) & _NO_SLOT | (0 if fit else slots[0]), 0 if fit else slots[1]
+        if inline:
+            fields = [_packed(slot) for slot in slots] if fit else [0, _INLINE_FLAG]
+            for page, field in zip((2, 3), fields, strict=True):
+                words[at + page] = self._word(page) & _NO_COUNTER | field
 
     @property
     def mm_ids(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -20,7 +20,8 @@ KINDS = [(1, False), (2, False), (3, False), (4, False), (5, False), (2, True), 
 
 def slots_of(contents: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
     slot0 = [n | i << f.AUX_COUNT_BITS | shared << f.AUX_SHARED_BIT for n, _, i, _, shared in contents]
-    return np.array(slot0, dtype=np.uint64), np.array([m | j << f.AUX_COUNT_BITS for _, m, _, j, _ in contents], np.uint64)
+    slot1 = [m | j << f.AUX_COUNT_BITS for _, m, _, j, _ in contents]
+    return np.array(slot0, dtype=np.uint64), np.array(slot1, dtype=np.uint64)
 
 
 def table(order: int, hugetlb: bool) -> tuple[FolioTable, np.ndarray]:
@@ -48,14 +49,11 @@ def test_mm_slots(order, hugetlb):
     # Where they lie. Nothing else has changed.
     inline = 2 <= order <= 4 and not hugetlb
     words, aux, spilled = folios._words.copy(), folios._aux.copy(), [max(n, m) > 31 for n, m, *_ in contents]
-    for page, top in (2, 4), (3, None):
-        if inline:
-            fields = words[at + page] >> np.uint64(f.COUNTER_SHIFT) & np.uint64(f.MAX_COUNTER)
-            expected = [
-                (1 << 25) * (page == 3) if out else content[page - 2] | content[page] << 5 | (content[4] << 25) * bool(top)
-                for content, out in zip(contents, spilled, strict=True)
-            ]
-            assert fields.tolist() == expected
+    if inline:
+        first = [0 if out else n | i << 5 | s << 25 for (n, _, i, _, s), out in zip(contents, spilled, strict=True)]
+        second = [1 << 25 if out else m | j << 5 for (_, m, _, j, _), out in zip(contents, spilled, strict=True)]
+        for page, expected in (2, first), (3, second):
+            assert (words[at + page] >> f.COUNTER_SHIFT & f.MAX_COUNTER).tolist() == expected
             words[at + page] &= ~np.uint64(COUNTER)
     out = np.array(spilled) | (not inline)
     assert np.array_equal(aux[at] & np.uint64(SLOT), np.where(out, slot0, 0))
@@ -65,10 +63,14 @@ def test_mm_slots(order, hugetlb):
     assert np.array_equal(aux, empty_aux)
     assert np.array_equal(words, empty_words)
 
-    # In place of others, spilled or not, the same arrays.
+    # One by one, and in place of others, spilled or not, the same arrays.
     other, _ = table(order, hugetlb)
     other._set_mm_slots(at, *slots_of(contents[::-1]))
-    other._set_mm_slots(at, *slots_of(contents))
+    for head, (n, m, i, j, shared) in zip(other.heads().tolist(), contents, strict=True):
+        folio = other.folio(head)
+        folio.set_mm_ids(((i, n), (j, m)))
+        folio.maybe_mapped_shared = bool(shared)
+        assert (folio.mm_ids, folio.maybe_mapped_shared) == (((i, n), (j, m)), bool(shared))
     assert np.array_equal(other._words, folios._words)
     assert np.array_equal(other._aux, folios._aux)
 
@@ -116,7 +118,10 @@ def test_map_ptes_and_fill_mapped_agree(order):
     assert np.array_equal(one._aux, two._aux)
 
 
-@pytest.mark.parametrize(("order", "hugetlb", "has"), [(1, True, 0), (2, False, 0), (2, True, 1), (4, False, 0), (5, False, 1)])
+ENTIRE = [(1, True, False), (2, False, False), (2, True, True), (4, False, False), (5, False, True)]
+
+
+@pytest.mark.parametrize(("order", "hugetlb", "has"), ENTIRE)
 def test_entire_mapcount(order, hugetlb, has):
     """Where MM-ID slots may be, there is none."""
     folios = FolioTable()

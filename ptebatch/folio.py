@@ -78,7 +78,7 @@ _INLINE_FLAG = 1 << COUNTER_SHIFT + COUNTER_BITS - 1
 """Top bit of a counter field: maybe-mapped-shared on page 2 of a folio with inline slots, spilled on page 3."""
 _FLAG_SHIFT = AUX_SHARED_BIT - (COUNTER_SHIFT + COUNTER_BITS - 1)
 _ID_SHIFT = COUNTER_SHIFT + INLINE_COUNT_BITS - AUX_COUNT_BITS
-_NO_ENTIRE_MAPCOUNT = "a folio of order {order} that is not a larger hugetlb one has no entire_mapcount"
+_NO_ENTIRE_MAPCOUNT = "a folio of order {order} has no entire_mapcount: it takes order 5 or more, for hugetlb 2"
 _FLAG_BITS = {
     "anon": ANON_BIT,
     "swapbacked": SWAPBACKED_BIT,

@@ -129,13 +129,13 @@ def test_entire_mapcount(order, hugetlb, has):
         folios.add(FIRST, order, hugetlb=hugetlb, entire_mapcount=3)
         assert folios.folio(FIRST).entire_mapcount == 3
         return
-    with pytest.raises(ArgumentError, match=f"order {order} .*has no entire_mapcount"):
+    with pytest.raises(ArgumentError, match=f"order {order} has no entire_mapcount"):
         folios.add(FIRST, order, hugetlb=hugetlb, entire_mapcount=1)
     assert FIRST not in folios
     folios.add(FIRST, order, hugetlb=hugetlb)
     folio = folios.folio(FIRST)
     folio.entire_mapcount = 0
-    with pytest.raises(ArgumentError, match=f"order {order} .*has no entire_mapcount"):
+    with pytest.raises(ArgumentError, match=f"order {order} has no entire_mapcount"):
         folio.entire_mapcount = 1
     if order >= 2:
         hostile = folios.pages_table()

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from errno import ENOMEM
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import numpy as np
@@ -111,6 +112,9 @@ def _swap_rules(semantics: KernelSemantics) -> dict[str, int]:
     }
 
 
+_in_core_order = itemgetter(*_core.RULE_FIELDS)
+
+
 def _rule_words(ctx: ForkContext) -> U64:
     src, dst, semantics = ctx.src_vma.vm_flags, ctx.dst_vma.vm_flags, ctx.semantics
     src_prot = vm_page_prot(ctx.layout, ctx.src_vma)
@@ -148,7 +152,7 @@ def _rule_words(ctx: ForkContext) -> U64:
         "src_mm_id": ctx.src_mm_id,
         "single_device_exclusive": semantics.single_device_exclusive,
     }
-    return np.array([int(rules[name]) for name in _core.RULE_FIELDS], dtype=np.uint64)
+    return np.array(_in_core_order(rules), dtype=np.uint64)
 
 
 def _memmap(folios: FolioTable) -> tuple[U64, U64, npt.NDArray[np.int32], npt.NDArray[np.int32]]:

@@ -7,7 +7,7 @@ reads.  Each message names the argument and says what was expected.
 from __future__ import annotations
 
 import operator
-from itertools import pairwise
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,10 +140,9 @@ def check_span(idx: Any, end: Any, layout: PteLayout) -> tuple[int, int]:
 
 def check_no_overlap(**arrays: np.ndarray) -> None:
     """Refuse arrays that share bytes (each already checked to be contiguous)."""
-    spans = sorted((a.__array_interface__["data"][0], a.nbytes, name) for name, a in arrays.items() if a.nbytes)
-    for (start, nbytes, name), (next_start, _, next_name) in pairwise(spans):
-        if start + nbytes > next_start:
-            raise ArgumentError(f"{name} and {next_name} overlap in memory; they must be separate arrays")
+    for (name, array), (other, other_array) in combinations(arrays.items(), 2):
+        if np.may_share_memory(array, other_array):  # compares where they begin and end: exact for contiguous ones
+            raise ArgumentError(f"{name} and {other} overlap in memory; they must be separate arrays")
 
 
 def check_prealloc(prealloc: Any) -> list[int]:
@@ -255,8 +254,8 @@ def check_segment(ctx: ForkContext, src_mm: Mm, start: Any, end: Any) -> tuple[i
     last = vma.end if end is None else check_int("end", end, first, vma.end)
     if (first | last) & ((1 << shift) - 1):
         raise ArgumentError(f"start and end must be multiples of the page size {1 << shift}")
-    low = int(np.searchsorted(src_mm.pmd_vpns, (first >> shift) - ctx.layout.ptrs_per_pte, side="right"))
-    high = int(np.searchsorted(src_mm.pmd_vpns, last >> shift))
+    low = int(src_mm.pmd_vpns.searchsorted((first >> shift) - ctx.layout.ptrs_per_pte, side="right"))
+    high = int(src_mm.pmd_vpns.searchsorted(last >> shift))
     for at in range(low, high):
         if not arch.pte_none(ctx.layout, int(src_mm.pmd_entries[at])):
             addr = int(src_mm.pmd_vpns[at]) << shift

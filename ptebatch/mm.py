@@ -188,8 +188,8 @@ class Mm:
     def rows(self, start: int, end: int) -> tuple[int, int]:
         """First and one past the last row whose table overlaps bytes ``start..end``."""
         ptrs, shift = self.layout.ptrs_per_pte, self.layout.page_shift
-        first = int(np.searchsorted(self.vpns, (start >> shift) - ptrs, side="right"))
-        last = int(np.searchsorted(self.vpns, -(-end >> shift), side="left"))
+        first = int(self.vpns.searchsorted((start >> shift) - ptrs, side="right"))
+        last = int(self.vpns.searchsorted(-(-end >> shift)))
         return first, max(first, last)
 
     def _slot(self, addr: int) -> tuple[int, int] | None:

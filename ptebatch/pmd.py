@@ -59,7 +59,7 @@ def pmd_pfn(layout: PteLayout, pmd: int) -> int:
 def leaves(mm: Mm, start: int, end: int) -> range:
     """Positions in ``pmd_vpns`` of the leaves that begin in bytes ``start..end``."""
     shift = mm.layout.page_shift
-    first, last = np.searchsorted(mm.pmd_vpns, [-(-start >> shift), -(-end >> shift)]).tolist()
+    first, last = mm.pmd_vpns.searchsorted([-(-start >> shift), -(-end >> shift)]).tolist()
     return range(first, last)
 
 

@@ -141,7 +141,7 @@ def check_span(idx: Any, end: Any, layout: PteLayout) -> tuple[int, int]:
 def check_no_overlap(**arrays: np.ndarray) -> None:
     """Refuse arrays that share bytes (each already checked to be contiguous)."""
     for (name, array), (other, other_array) in combinations(arrays.items(), 2):
-        if np.may_share_memory(array, other_array):  # compares where they begin and end: exact for contiguous ones
+        if np.may_share_memory(array, other_array):  # compares where they begin and end
             raise ArgumentError(f"{name} and {other} overlap in memory; they must be separate arrays")
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ptebatch import arch, checks
 from ptebatch.errors import ArgumentError, ForkError, SemanticsError
 from ptebatch.impls import resolve_batching, resolve_impl
-from ptebatch.mm import STAT_FIELDS, Allocations, ForkContext, Mm, Vma, configured, copy_state, new_stats
+from ptebatch.mm import STAT, STAT_FIELDS, Allocations, ForkContext, Mm, Vma, configured, copy_state, new_stats
 from ptebatch.pmd import check_leaves, copy_huge_pmd, copy_hugetlb_page_range, is_hugetlb, leaves
 from ptebatch.semantics import LATEST, KernelSemantics
 from ptebatch.zap import exit_mmap
@@ -116,7 +116,8 @@ class ForkStats:
     def from_array(cls, stats: npt.NDArray[np.int64]) -> ForkStats:
         """Read the counters of a stats array (:func:`ptebatch.mm.new_stats`)."""
         n = len(STAT_FIELDS)
-        return cls(**dict(zip(STAT_FIELDS, stats[:n].tolist(), strict=True)), batch_hist=stats[n:].copy())
+        values: list[Any] = [*stats[:n].tolist(), stats[n:].copy()]
+        return cls(*values)
 
     def to_dict(self) -> dict[str, Any]:
         """All counters as plain ints; ``batch_hist`` as {nr: batches}, zeros left out."""
@@ -251,6 +252,7 @@ class ForkPlan:
                 rows[first:last] = True
             leaf[leaves(mm, src_vma.start, src_vma.end)] = True
         self._vpns, self._pmd_vpns = mm.vpns[rows].copy(), mm.pmd_vpns[leaf].copy()
+        self._pmd_entries = np.full(len(self._pmd_vpns), mm.layout.none_value, dtype=np.uint64)
         self.contexts = [context for _, context in self._vmas if context is not None]
         vmas = [vma for vma, _ in self._vmas]
         self.child = Mm(mm.layout, mm.folios, vmas=vmas, vpns=self._vpns, mm_id=mm_id, name=mm.name)
@@ -285,22 +287,22 @@ class ForkPlan:
             for vma in vmas:
                 check_leaves(self.mm, vma, self.semantics)
         self.child.pmd_vpns = self._pmd_vpns.copy()
-        self.child.pmd_entries = np.full(len(self._pmd_vpns), self.mm.layout.none_value, dtype=np.uint64)
+        self.child.pmd_entries = self._pmd_entries.copy()
         stats, leaf_stats = new_stats(self.mm.layout), new_stats(self.mm.layout)
-        counts = dict(zip(STAT_FIELDS, range(len(STAT_FIELDS)), strict=True))
         self.allocations.made = 0
         self._last_table = -1
         try:
             failed = self._dup_mmap(stats, leaf_stats, each)
         finally:
-            used = self.child.pmd_entries != np.uint64(self.mm.layout.none_value)
-            self.child.pmd_vpns, self.child.pmd_entries = self.child.pmd_vpns[used], self.child.pmd_entries[used]
+            if len(self._pmd_vpns):
+                used = self.child.pmd_entries != np.uint64(self.mm.layout.none_value)
+                self.child.pmd_vpns, self.child.pmd_entries = self.child.pmd_vpns[used], self.child.pmd_entries[used]
         if failed is not None:
             exit_mmap(self.child, semantics=self.semantics, impl=self.impl_name, pfn_without_page=self.pfn_without_page)
             raise ForkError(f"fork failed {failed}: the child is gone, the parent stays write-protected up to there")
-        leaf_stats[counts["vmas_copied"]] = len(self.contexts)
-        leaf_stats[counts["vmas_skipped"]] = self._skipped
-        leaf_stats[counts["tables_allocated"]] = len(self.child.vpns)
+        leaf_stats[STAT["vmas_copied"]] = len(self.contexts)
+        leaf_stats[STAT["vmas_skipped"]] = self._skipped
+        leaf_stats[STAT["tables_allocated"]] = len(self.child.vpns)
         return ForkStats.from_array(stats + leaf_stats)
 
     def _dup_mmap(
@@ -313,15 +315,14 @@ class ForkPlan:
         if not self.allocations.allocate():
             return "before the first VMA (ENOMEM)"
         for vma, context in self._vmas:
-            where = f"{vma.start:#x}-{vma.end:#x}"
             if not self.allocations.allocate():
-                return f"before VMA {where} (ENOMEM)"
+                return f"before VMA {vma.start:#x}-{vma.end:#x} (ENOMEM)"
             before = 0 if each is None else stats + leaf_stats
             ret = 0 if context is None else self._copy_vma(context, stats, leaf_stats)
             if each is not None and context is not None:
                 each(context.src_vma, stats + leaf_stats - before)
             if ret:  # -EHWPOISON and -EBUSY become -ENOMEM on the way up
-                return f"copying VMA {where} (ENOMEM)"
+                return f"copying VMA {vma.start:#x}-{vma.end:#x} (ENOMEM)"
         return None if self.allocations.allocate() else "after the last VMA (ENOMEM)"
 
     def _copy_vma(self, context: ForkContext, stats: npt.NDArray[np.int64], leaf_stats: npt.NDArray[np.int64]) -> int:
@@ -331,7 +332,8 @@ class ForkPlan:
             return copy_hugetlb_page_range(context, child, mm, leaf_stats)
         shift, nr = mm.layout.page_shift, mm.layout.ptrs_per_pte
         start = vma.start
-        for vpn in mm.pmd_vpns[leaves(mm, vma.start, vma.end)].tolist():
+        at = leaves(mm, vma.start, vma.end)
+        for vpn in mm.pmd_vpns[at.start : at.stop].tolist():
             addr = vpn << shift
             ret = self._copy_tables(context, start, addr, stats)
             if ret:

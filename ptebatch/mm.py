@@ -33,6 +33,8 @@ STAT_FIELDS = (
     "contpte_reads", "contpte_folds", "contpte_unfolds",
 )  # fmt: skip
 """Counters of one page-table walk, in the order of the arrays `new_stats` makes; the batch histogram follows."""
+STAT = {name: position for position, name in enumerate(STAT_FIELDS)}
+"""Where in such an array a counter is."""
 ZAP_STAT_FIELDS = (
     "ptes_none", "ptes_present", "ptes_single", "ptes_batched", "batches", "ptes_skipped", "special_ptes", "ptep_get",
     "clear_ptes", "rmap_remove", "folio_put", "folios_freed", "folio_mark_dirty", "folio_mark_accessed",
@@ -100,7 +102,8 @@ def configured(layout: PteLayout, semantics: KernelSemantics) -> PteLayout:
     without = [name for name, on in semantics.switches.items() if not on]
     if not config.riscv_svrsw60t59b:
         without.append("riscv_svrsw60t59b")
-    return layout.configured(config.mem_soft_dirty, config.x86_shstk, without=without)
+    new = layout.configured(config.mem_soft_dirty, config.x86_shstk, without=without)
+    return layout if new == layout else new  # one object, so that who looks layouts up need not compare their fields
 
 
 def soft_dirty_tracked(layout: PteLayout, vma: Vma) -> bool:

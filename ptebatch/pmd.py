@@ -23,7 +23,7 @@ from ptebatch.mm import (
     MM_ANONPAGES,
     MM_FILEPAGES,
     MM_SHMEMPAGES,
-    STAT_FIELDS,
+    STAT,
     ForkContext,
     Mm,
     Vma,
@@ -47,8 +47,6 @@ __all__ = [
 ]
 
 I64 = npt.NDArray[np.int64]
-
-_STAT = {name: position for position, name in enumerate(STAT_FIELDS)}
 
 
 def pmd_pfn(layout: PteLayout, pmd: int) -> int:
@@ -179,15 +177,15 @@ def _dup_entire(ctx: ForkContext, folio: Folio, stats: I64) -> None:
     """Count one more mapping of the whole folio (``folio_try_dup_anon_rmap_pmd()``, ``hugetlb_add_file_rmap()``)."""
     head = ctx.folios.page(folio.pfn)
     if folio.anon:
-        stats[_STAT["anon_exclusive_cleared"]] += head.anon_exclusive
+        stats[STAT["anon_exclusive_cleared"]] += head.anon_exclusive
         head.anon_exclusive = False
     folio.entire_mapcount += 1
     if ctx.semantics.large_mapcount:
         folio.large_mapcount += 1
     if ctx.semantics.mm_id and not folio.hugetlb:
         folio.add_mm_mapping(ctx.dst_mm_id, 1)
-    stats[_STAT["folio_ref_add"]] += 1
-    stats[_STAT["rmap_dup"]] += 1
+    stats[STAT["folio_ref_add"]] += 1
+    stats[STAT["rmap_dup"]] += 1
 
 
 def copy_huge_pmd(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, at: int, stats: I64) -> int:
@@ -225,7 +223,7 @@ def copy_huge_pmd(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, at: int, stats: I64)
         return 0
     if kind == "special" and ctx.semantics.special_pmd:
         dst_mm.pmd_entries[to] = arch.pte_mkold(layout, pmd)
-        stats[_STAT["pmds_copied"]] += 1
+        stats[STAT["pmds_copied"]] += 1
         return 0
     if ctx.dst_vma.vm_ops is not None:
         return 0  # the child's faults find it in the page cache
@@ -249,7 +247,7 @@ def copy_huge_pmd(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, at: int, stats: I64)
             folio = ctx.folios.folio(pmd_pfn(layout, pmd))
             if ctx.folios.page(folio.pfn).anon_exclusive and _maybe_pinned(ctx, folio):
                 split_huge_pmd(src_mm, vpn << layout.page_shift, semantics=ctx.semantics)
-                stats[_STAT["pmds_split"]] += 1
+                stats[STAT["pmds_split"]] += 1
                 return -EAGAIN
             _check_room(folio, vpn << layout.page_shift)
             folio.refcount += 1
@@ -259,8 +257,8 @@ def copy_huge_pmd(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, at: int, stats: I64)
         src_mm.pmd_entries[at] = arch.pte_wrprotect(layout, pmd)
         child = arch.pte_mkold(layout, arch.pte_wrprotect(layout, child))
     dst_mm.pmd_entries[to] = child
-    stats[_STAT["pmds_copied"]] += 1
-    stats[_STAT["tables_deposited"]] += 1
+    stats[STAT["pmds_copied"]] += 1
+    stats[STAT["tables_deposited"]] += 1
     return 0
 
 
@@ -546,10 +544,10 @@ def copy_hugetlb_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64
             marker = arch.copy_pte_marker(arch.swp_offset(layout, pmd), ctx.semantics.guard_markers, uffd_wp)
             if marker:
                 dst_mm.pmd_entries[to] = arch.swp_entry(layout, arch.SWP_PTE_MARKER, marker)
-            stats[_STAT["pte_markers"]] += 1
+            stats[STAT["pte_markers"]] += 1
             continue
         if kind == "hwpoison":
-            stats[_STAT["hwpoison_entries"]] += 1
+            stats[STAT["hwpoison_entries"]] += 1
         elif kind.startswith("migration"):
             if kind != "migration read" and cow:
                 number = next(number for number, name in types.items() if name == "migration read")
@@ -557,7 +555,7 @@ def copy_hugetlb_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64
                 if vma.vm_flags & arch.VM_UFFD_WP and arch.pte_swp_uffd_wp(layout, pmd):
                     new = arch.pte_swp_mkuffd_wp(layout, new)
                 pmd = src_mm.pmd_entries[at] = new
-            stats[_STAT["migration_entries"]] += 1
+            stats[STAT["migration_entries"]] += 1
         else:
             folio = ctx.folios.folio(pmd_pfn(layout, pmd))
             _check_room(folio, addr)
@@ -572,7 +570,7 @@ def copy_hugetlb_page_range(ctx: ForkContext, dst_mm: Mm, src_mm: Mm, stats: I64
                 pmd = arch.pte_wrprotect(layout, pmd)
                 src_mm.pmd_entries[at] = pmd
             dst_mm.hugetlb_usage += folio.nr_pages
-            stats[_STAT["hugetlb_entries"]] += 1
+            stats[STAT["hugetlb_entries"]] += 1
         dst_mm.pmd_entries[to] = pmd if uffd_wp else arch.pte_clear_uffd_wp(layout, pmd)
     return 0
 
@@ -598,6 +596,6 @@ def _copy_hugetlb_folio(ctx: ForkContext, dst_mm: Mm, to: int, folio: Folio, pmd
         entry = arch.pte_mkuffd_wp(layout, entry)
     dst_mm.pmd_entries[to] = entry
     dst_mm.hugetlb_usage += folio.nr_pages
-    stats[_STAT["hugetlb_entries"]] += 1
-    stats[_STAT["hugetlb_copied"]] += 1
+    stats[STAT["hugetlb_entries"]] += 1
+    stats[STAT["hugetlb_copied"]] += 1
     return 0

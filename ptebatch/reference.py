@@ -37,6 +37,7 @@ from ptebatch.mm import (
     MM_SHMEMPAGES,
     MM_SWAPENTS,
     PFN_WITHOUT_PAGE,
+    STAT,
     STAT_FIELDS,
     ZAP_STAT_FIELDS,
     ForkContext,
@@ -79,11 +80,9 @@ __all__ = [
     "zap_range",
 ]
 
-_STAT = {name: position for position, name in enumerate(STAT_FIELDS)}
-
 
 def _count(stats: np.ndarray, name: str, by: int = 1) -> None:
-    stats[_STAT[name]] += by
+    stats[STAT[name]] += by
 
 
 Counter = Callable[..., None]
@@ -1000,6 +999,7 @@ def copy_page_range(
     ctx = checks.check_context(ctx)
     checks.check_mms(dst_mm=dst_mm, src_mm=src_mm)
     stats = checks.check_stats(stats, ctx.layout)
+    checks.check_rss(dst_mm.rss)
     checks.check_no_overlap(dst_entries=dst_mm.entries, src_entries=src_mm.entries, stats=stats, rss=dst_mm.rss)
     start, end = checks.check_segment(ctx, src_mm, start, end)
     tables = list(_tables(src_mm, start, end))

@@ -57,11 +57,14 @@ cdef extern from "_lane.h" nogil:
     void store_mm_slots(uint64_t *words, uint64_t *aux, size_t head, bint inlined, mm_slots s)
     struct lane_change:
         uint64_t keep, set, mask, value, then_keep, then_set
+    enum: KEY_TYPE_SHIFT_, SWAP_MAP_MAX_, LANE_ORDERS
+    struct lane_like:
+        pass
     struct lane:
         uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable, inverted
         lane_change wrprotect, mkwrite, norm
         uint64_t child_keep, child_set
-        int level, cow, clamp, prefetch, batching
+        int level, cow, clamp, prefetch, batching, bypass
         size_t ptrs
         uint64_t *words
         uint64_t *aux
@@ -74,11 +77,18 @@ cdef extern from "_lane.h" nogil:
         uint64_t small_mask, small_value, large_mask
         int large_mapcount, mm_id, large_ok
         uint64_t page_mapcount, mm
+        uint64_t swp_types, swp_type_mask, swp_offset_mask, swp_inverted, swp_exclusive, swp_keep
+        int swp_type_shift, swp_offset_shift
+        const uint64_t *slots
+        int64_t *slot_counts
+        size_t nr_slots
+        lane_like (*likes)[2]
         int64_t *hist
-        int64_t none, exclusive, reads, wrprotects, wrprotected
+        int64_t none, swapped, exclusive, reads, wrprotects, wrprotected
         int64_t rss[4]
         uint64_t mapcounts
     bint lane_supported(int level)
+    void lane_settle_all(lane *l)
     size_t lane_run(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, size_t ahead)
     size_t lane_protect_run(lane *l, uint64_t *src, size_t n, size_t left, size_t ahead)
     size_t lane_check(const lane *l, const uint64_t *entries, size_t n)
@@ -105,8 +115,6 @@ cdef enum:
     PTE_MARKER_UFFD_WP = 1
     PTE_MARKER_POISONED = 2
     PTE_MARKER_GUARD = 4
-    KEY_TYPE_SHIFT_ = 56
-    SWAP_MAP_MAX_ = 62
     MAX_SWAP_COUNT_ = 0x7fffffff
 
 SWP_KINDS = ("swap", "hwpoison", "migration read", "migration read-exclusive", "migration write", "device write",
@@ -1144,7 +1152,7 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
     cdef uint64_t pte, type
     while idx < upto:
         pte = src[srow, idx]
-        if W.fast.level and upto == end and idx >= retry and (pte_present(L, pte) or pte_none(L, pte)):
+        if W.fast.level and upto == end and idx >= retry:
             room = W.end - srow * src.shape[1] - idx
             # Further tables only where none of them can lack memory.
             max_nr = room if W.allocations > room else end - idx
@@ -1696,8 +1704,9 @@ cdef swap_map view_swap(const uint64_t[::1] slots, int64_t[::1] counts) except *
 
 
 cdef int lane_memmap(lane *F, const memmap *M, const uint64_t[::1] fast) except -1:
-    """The level and what the memmap is like; the extent comes from outside and is cut to the storage."""
-    if fast.shape[0] != 4 or fast[0] > LANE_AVX512 or not lane_supported(fast[0]):
+    """The level and what the memmap is like; the extent comes from outside and is cut to the storage. Last is from how
+    many slots on the child's entries are written past the cache, which only copying asks."""
+    if fast.shape[0] != 5 or fast[0] > LANE_AVX512 or not lane_supported(fast[0]):
         raise ValueError("no such SIMD level here")
     memset(F, 0, sizeof(F[0]))
     F.level = fast[0]
@@ -1747,6 +1756,18 @@ cdef void lane_entries(lane *F, const pte_layout *L) noexcept nogil:
     F.mkwrite = as_change(&L.mkwrite)
 
 
+cdef void lane_swap_types(lane *F, const pte_layout *L, uint64_t kinds, uint64_t kinds_high) noexcept nogil:
+    """How entries of pages that are swapped out are written: those of the types in front of all others."""
+    while F.swp_types < SWP_TYPES and swp_kind(kinds, kinds_high, F.swp_types) == SWP_SWAP:
+        F.swp_types += 1
+    F.swp_type_shift = L.swp_type_shift
+    F.swp_type_mask = (ONE << L.swp_type_bits) - 1
+    F.swp_offset_shift = L.swp_offset_shift
+    F.swp_offset_mask = (ONE << L.swp_offset_bits) - 1
+    F.swp_inverted = 0 - <uint64_t>L.swp_offset_inverted
+    F.swp_exclusive = L.swp_exclusive
+
+
 cdef void lane_rules(lane *F, const pte_layout *L, const copy_rules *R, const batch_scan *B,
                      int64_t *stats) noexcept nogil:
     """How to copy; the level becomes LANE_OFF where the lane does not know how."""
@@ -1781,6 +1802,7 @@ cdef void lane_done(const lane *F, walk *W) noexcept nogil:
     """Add what the lane counted."""
     cdef int k
     W.stats[S_PTES_NONE] += F.none
+    W.stats[S_SWAP] += F.swapped
     W.stats[S_ANON_EXCLUSIVE_CLEARED] += F.exclusive
     W.stats[S_PTEP_GET] += F.reads
     W.stats[S_WRPROTECT_PTES] += F.wrprotects
@@ -1938,6 +1960,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     cdef batch_scan B
     cdef walk W
     cdef lane F
+    cdef lane_like likes[LANE_ORDERS][2]
     cdef Py_ssize_t ret = 0, row = state[0], at = state[1], used = state[2], stop, nr_hist = src.shape[1] + 1
     cdef Py_ssize_t ptrs = src.shape[1], has_rows = state[4], touched, first
     cdef bint threads
@@ -1946,6 +1969,8 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     cdef swap_map S = view_swap(slots, counts)
     check_stats(stats, ptrs)
     lane_memmap(&F, &M, fast)
+    memset(likes, 0, sizeof(likes))
+    F.likes = likes
     if (dst.shape[1] != ptrs or state.shape[0] != 5 or rss.shape[0] != 4 or nr_rows < 0 or src_row < 0
             or dst_row < 0 or row < 0 or at < 0 or used < 0 or src_row + nr_rows > src.shape[0]
             or dst_row + nr_rows > dst.shape[0]
@@ -1961,6 +1986,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     W.rss = &rss[0]
     W.fast = &F
     F.ptrs = ptrs
+    F.bypass = <uint64_t>(nr_rows * ptrs) >= fast[4]
     W.end = 0
     if nr_rows:
         W.end = (src_row + nr_rows - 1) * ptrs + min(ptrs, end - vpns[src_row + nr_rows - 1])
@@ -1970,6 +1996,11 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
         B.clamp = R.fpb_clamp != 0
         lane_entries(&F, &L)
         lane_rules(&F, &L, &R, &B, W.stats)
+        lane_swap_types(&F, &L, R.swp_kinds, R.swp_kinds_high)
+        F.swp_keep = ~(<uint64_t>0 if R.dst_uffd_wp else L.swp_uffd_wp)
+        F.slots = S.slots
+        F.slot_counts = S.counts
+        F.nr_slots = S.nr
         before = main_loop_reads(W.stats, nr_hist)
         while row < nr_rows:
             if row >= has_rows:
@@ -2004,6 +2035,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
                 W.allocations -= touched - has_rows
                 has_rows = touched
             go_on(&row, &at, ptrs)
+        lane_settle_all(&F)
         lane_done(&F, &W)
         W.stats[S_PTEP_GET] += main_loop_reads(W.stats, nr_hist) - before
         derive_stats(W.stats, nr_hist)
@@ -2040,6 +2072,7 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
         raise ValueError("rows out of range")
     with nogil:
         lane_entries(&F, &L)
+        lane_swap_types(&F, &L, kinds, kinds_high)
         F.ptrs = slots
         row = first_row
         last = first_row + nr_rows - 1

@@ -12,6 +12,7 @@
  * shadow-stack VMA.
  * Asked of every entry:
  *   none                         counted and passed over
+ *   swapped out                  lane_swap, where its slot is known and has few references
  *   present, not special         PROT_NONE included; other entries stop the lane
  * Asked of every page or folio: it is in the memmap (bounds are checked in every build), no count is near its limit, it is
  * not a hugetlb folio and cannot be pinned. Then there are these cases:
@@ -19,13 +20,19 @@
  *                                shmem, file; exclusive or not), else one at a time (lane_small)
  *   folios of 2, 4, 8, 16 pages  lane_whole: each mapped whole by entries alike. One pass; a folio stays in registers, and
  *                                all there is to it but its entries is its words (of 2 pages: and the MM-ID slots in aux)
+ *   folios of 32 to 512 pages    lane_alike, like lane_whole: in one pass too, which is undone where a folio turns out different
+ *   small folios, and folios of  lane_quads, after several short runs: by four entries, of whatever order they are (not at the
+ *   4 to 16 pages that take turns  scalar level)
+ *   at most 16 entries of others lane_piece: all that are alike, at once (not at the scalar level)
  *   any other batch              lane_fused where entry 0 is writable, which settles that the parent's entries change:
  *                                one pass; else lane_scan, then lane_rewrite, over entries that are in the cache by then
- *   without batching             lane_whole for whole folios mapped by entries alike, else lane_each, whatever they are like;
- *                                a folio's counts are changed once for all its entries, though
- * The first two go on for as long as the same case holds, over table ends too: what makes them fast is that no entry waits
- * for what the one before it was found to be. Where everything of a folio, or of a stretch of a larger one, is like what
- * came before, it is only compared and stored. Prefetched are the tables, and the words of the pages of entries ahead.
+ *   without batching             lane_whole and lane_alike for whole folios mapped by entries alike, else lane_each, whatever
+ *                                they are like; a folio's counts are changed once for all its entries, though
+ * What one more mapping makes of a folio that is mapped whole is worked out for one folio and kept, for two kinds of each
+ * order (struct lane_like): those that are the same but for where they are, entries and words, are only compared and stored,
+ * and counted in the end (lane_settle). Cases go on for as long as they hold, over table ends too: what makes them fast is
+ * that no entry waits for what the one before it was found to be. Prefetched are the words of the pages of entries ahead.
+ * Where the child's entries are too many for the cache (bypass), large folios' are written past it.
  *
  * Write-protection needs of a folio only its size: lane_protect_run.
  *
@@ -49,10 +56,12 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define LANE_INLINE static inline __attribute__((always_inline))
 #define LANE_PREFETCH(p) __builtin_prefetch((p), 1)
+#define LANE_PREFETCH_READ(p) __builtin_prefetch((p), 0)
 #define LANE_LIKELY(x) __builtin_expect(!!(x), 1)
 #else
 #define LANE_INLINE static inline
 #define LANE_PREFETCH(p) ((void)(p))
+#define LANE_PREFETCH_READ(p) ((void)(p))
 #define LANE_LIKELY(x) (x)
 #endif
 
@@ -93,6 +102,8 @@ enum {
     TOP_SHIFT_ = 18
 };
 
+enum { KEY_TYPE_SHIFT_ = 56, SWAP_MAP_MAX_ = 62 }; /* of swap slots; as ptebatch.swap */
+
 enum { LANE_PFN_SHIFT = 12 }; /* of entries; lane_entries in _core.pyx keeps out layouts that have another */
 
 #define LANE_BIT(n) ((uint64_t)1 << (n))
@@ -104,9 +115,23 @@ enum { LANE_PFN_SHIFT = 12 }; /* of entries; lane_entries in _core.pyx keeps out
 /* Where the index may be out of range: an address, not an element. */
 #define LANE_PREFETCH_AT(array, index) LANE_PREFETCH((const void *)((uintptr_t)(array) + (index) * sizeof(uint64_t)))
 
-enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_LARGE = 256 }; /* entries; of small and of large folios */
+/* How many entries ahead the words of pages are fetched: of small and of large folios; and where it is all too much for the
+ * cache, and they come from memory. */
+enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_LARGE = 256, LANE_AHEAD_SMALL_FAR = 128, LANE_AHEAD_LARGE_FAR = 512 };
 enum { LANE_AHEAD_STREAM = 64, LANE_LINE = 8 };          /* of the tables themselves; entries in a cache line */
 enum { LANE_STREAMS = 4, LANE_LONG = 1024 };             /* of the read-only pass, and from how many entries in each */
+enum { LANE_SHORT = 32, LANE_SHORT_RUNS = 4 }; /* entries that are a short run; after so many of them lane_quads is tried */
+enum { LANE_WHOLE = 16, LANE_ORDERS = 10 };    /* most pages of a folio that is held in registers; orders of a table's */
+
+LANE_INLINE size_t lane_ahead(int bypass)
+{
+    return bypass ? LANE_AHEAD_SMALL_FAR : LANE_AHEAD_SMALL;
+}
+
+LANE_INLINE size_t lane_ahead_large(int bypass)
+{
+    return bypass ? LANE_AHEAD_LARGE_FAR : LANE_AHEAD_LARGE;
+}
 
 /* n entries (constant where inlined) are about to be worked on: fetch those a while behind them. */
 LANE_INLINE void lane_stream(const uint64_t *entries, size_t n)
@@ -116,6 +141,14 @@ LANE_INLINE void lane_stream(const uint64_t *entries, size_t n)
         return;
     for (; k < n; k += LANE_LINE)
         LANE_PREFETCH((const void *)((uintptr_t)(entries + k) + LANE_AHEAD_STREAM * sizeof(uint64_t)));
+}
+
+/* What was written past the cache is there for other CPUs after this. */
+LANE_INLINE void lane_fence(void)
+{
+#if LANE_X86
+    _mm_sfence();
+#endif
 }
 
 /*
@@ -195,6 +228,18 @@ struct lane_change {
     uint64_t keep, set, mask, value, then_keep, then_set;
 };
 
+/* What one more mapping makes of a large folio that is mapped whole by entries that are alike, worked out for one folio and
+ * kept for those that are the same but for where they are. Words of pages behind LANE_WHOLE are like page 2's. */
+struct lane_like {
+    uint64_t key, flags; /* flags and head's word together; what of an entry is not its PFN */
+    uint64_t before[16], after[16], aux[2], aux_after[2]; /* words; MM-ID slots */
+    uint64_t protect, child; /* what is added to an entry to protect it, and to make it the child's */
+    int64_t nr_exclusive, folios; /* pages that are, of a folio; folios met and not counted yet */
+    int write, rss;          /* whether they are write-protected; the counter they go to */
+    uint64_t mask, align;    /* for lane_quads: what of four entries must be as of consecutive pages; pages less one */
+    int64_t unit, nr;        /* entries that go together, and folios they map */
+};
+
 struct lane {
     /* entries */
     uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable;
@@ -202,6 +247,7 @@ struct lane {
     struct lane_change wrprotect, mkwrite, norm; /* the last is the normaliser of folio_pte_batch() */
     uint64_t child_keep, child_set;              /* of the child's entry, once it is write-protected where it has to be */
     int level, cow, clamp, prefetch, batching;
+    int bypass; /* whether the child's entries are more than a cache holds: then they are written past it */
     size_t ptrs; /* entries of a table */
     /* the memmap */
     uint64_t *words, *aux;
@@ -216,12 +262,20 @@ struct lane {
     uint64_t large_mask;              /* bits that the head of a large folio must not have */
     int large_mapcount, mm_id, large_ok;
     uint64_t page_mapcount, mm;
+    /* swap: entries of types below swp_types are of pages that are swapped out; slots are keys, ascending */
+    uint64_t swp_types, swp_type_mask, swp_offset_mask, swp_inverted, swp_exclusive, swp_keep;
+    int swp_type_shift, swp_offset_shift;
+    const uint64_t *slots;
+    int64_t *slot_counts;
+    size_t nr_slots, next_slot;
     /* threads: for each of the others a bit for every page of the extent that it maps too */
     const uint64_t *const *others;
     int nr_others;
+    struct lane_like (*likes)[2]; /* by order: two kinds of folios may take turns */
+    unsigned turns;                /* by order a bit: which of the two is to go */
     /* counters */
     int64_t *hist; /* by nr */
-    int64_t none, exclusive, reads, wrprotects, wrprotected, rss[4];
+    int64_t none, swapped, exclusive, reads, wrprotects, wrprotected, rss[4];
     uint64_t mapcounts; /* OR of those met in large folios */
 };
 
@@ -286,6 +340,36 @@ LANE_INLINE uint64_t lane_child(const struct lane *l, uint64_t v, int any)
     if (any)
         v = lane_changed(l->cow ? &l->wrprotect : &l->mkwrite, v);
     return (v & l->child_keep) | l->child_set;
+}
+
+/* Entries from the front of n of pages that are swapped out, to slots that are known and have few references; returns how
+ * many. Slots of neighbouring entries are mostly neighbours too, and slots lie close. */
+LANE_INLINE size_t lane_swap(struct lane *l, uint64_t *src, uint64_t *dst, size_t n)
+{
+    size_t i = 0, at;
+    for (; i < n; i++) {
+        uint64_t v = src[i], type = v >> l->swp_type_shift & l->swp_type_mask, key;
+        if (v & l->present || (v & ~l->none_ignore) == l->none_value || type >= l->swp_types)
+            break;
+        key = type << KEY_TYPE_SHIFT_ | ((v ^ l->swp_inverted) >> l->swp_offset_shift & l->swp_offset_mask);
+        at = l->next_slot;
+        if (at >= l->nr_slots || l->slots[at] != key) {
+            at = l->nr_slots ? key - l->slots[0] : 0;
+            if (at >= l->nr_slots || l->slots[at] != key)
+                break;
+        }
+        if ((uint64_t)l->slot_counts[at] >= SWAP_MAP_MAX_)
+            break;
+        l->slot_counts[at]++;
+        l->next_slot = at + 1;
+        if (v & l->swp_exclusive)
+            src[i] = v &= ~l->swp_exclusive;
+        dst[i] = v & l->swp_keep;
+    }
+    l->swapped += (int64_t)i;
+    l->reads += 2 * (int64_t)i;
+    l->rss[2] += (int64_t)i;
+    return i;
 }
 
 /* One entry that maps a small folio; w is its page's word and of the right kind. */
@@ -385,6 +469,88 @@ LANE_INLINE size_t lane_left(const struct lane *l, size_t left, size_t done, siz
     return left < n - done ? left : n - done;
 }
 
+/* Count the folios of that order that were like t. */
+LANE_INLINE void lane_settle(struct lane *l, struct lane_like *t, int order)
+{
+    const int64_t nr = t->folios, pages = nr << order;
+    if (!nr) /* the histogram of small tables ends before the larger orders */
+        return;
+    l->hist[l->batching ? (size_t)1 << order : 1] += l->batching ? nr : pages;
+    l->reads += l->batching ? pages - nr : 0; /* of the scan: all entries but the first, and see lane_behind */
+    l->exclusive += nr * t->nr_exclusive;
+    l->rss[t->rss] += pages;
+    l->wrprotects += t->write ? l->batching ? nr : pages : 0;
+    l->wrprotected += t->write ? pages : 0;
+    t->folios = 0;
+}
+
+/* Without the clamp the scan of a folio reads the entry behind it too, unless the table ends there; the first i of n entries
+ * map folios of that size, and tables end as for lane_ends. */
+LANE_INLINE void lane_behind(struct lane *l, size_t i, size_t n, size_t left, size_t pages)
+{
+    if (l->batching && !l->clamp)
+        l->reads += (int64_t)(i / pages - lane_ends(l, i, n, left));
+}
+
+/* What t says of entries: v is a folio's first, w its head's word, any whether one of them is writable. */
+LANE_INLINE void lane_like_entries(const struct lane *l, struct lane_like *t, uint64_t v, uint64_t w, int any)
+{
+    t->flags = v & ~l->pfn_mask;
+    t->key = t->flags + w;
+    t->write = any && l->cow;
+    t->protect = t->write ? lane_wrprotect(l, v) - v : 0;
+    t->child = lane_child(l, v, any) - v;
+    t->rss = lane_rss(w);
+    t->folios = t->nr_exclusive = 0;
+    t->unit = (int64_t)1 << (w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1));
+    t->nr = 1;
+    t->mask = ~(uint64_t)0;
+    t->align = (uint64_t)t->unit - 1;
+}
+
+static inline void lane_settle_all(struct lane *l)
+{
+    int order;
+    for (order = 0; order < LANE_ORDERS; order++) {
+        lane_settle(l, &l->likes[order][0], order);
+        lane_settle(l, &l->likes[order][1], order);
+    }
+}
+
+/* A place for another kind of folios of that order, instead of the one that has been there for longer. */
+LANE_INLINE struct lane_like *lane_other(struct lane *l, int order)
+{
+    struct lane_like *t = &l->likes[order][l->turns >> order & 1];
+    l->turns ^= 1u << order;
+    lane_settle(l, t, order);
+    return t;
+}
+
+/* Small folios: v is an entry of one, w its page's word. */
+LANE_INLINE void lane_like_small(struct lane *l, uint64_t v, uint64_t w)
+{
+    const uint64_t exclusive = w & w >> (ANON_BIT_ - AE_BIT_) & LANE_BIT(AE_BIT_), key = (v & ~l->pfn_mask) + w;
+    struct lane_like *t;
+    int k;
+    if (l->likes[0][0].key == key || l->likes[0][1].key == key)
+        return;
+    t = lane_other(l, 0);
+    t->key = key;
+    t->flags = v & ~l->pfn_mask;
+    t->write = l->cow && v & l->writable;
+    t->protect = t->write ? lane_wrprotect(l, v) - v : 0;
+    t->child = (((v + t->protect) & l->child_keep) | l->child_set) - v;
+    t->rss = lane_rss(w);
+    t->nr_exclusive = exclusive != 0;
+    t->unit = t->nr = 4;
+    t->mask = ~l->pfn_mask;
+    t->align = 0;
+    for (k = 0; k < 4; k++) {
+        t->before[k] = w;
+        t->after[k] = (w ^ exclusive) + LANE_ONE_MAPPING;
+    }
+}
+
 /* What all words of a folio must share with the first for lane_whole, and what none may have; but see there. */
 #define LANE_WHOLE_VALUE (LANE_KIND | LANE_BIT(VALID_BIT_) | (LANE_BIT(ORDER_BITS_) - 1) << ORDER_SHIFT_)
 #define LANE_WHOLE_MASK (LANE_WHOLE_VALUE | LANE_BIT(HUGETLB_BIT_) | LANE_HALF_COUNTER | (uint64_t)3 << (MAPCOUNT_BITS_ - 2))
@@ -401,6 +567,7 @@ static const uint64_t lane_third[16] = { 0, 0, ~(uint64_t)0 }, lane_fourth[16] =
 typedef uint64_t vec_scalar;
 LANE_INLINE uint64_t load_scalar(const uint64_t *p) { return *p; }
 LANE_INLINE void store_scalar(uint64_t *p, uint64_t v) { *p = v; }
+LANE_INLINE void stream_scalar(uint64_t *p, uint64_t v) { *p = v; }
 LANE_INLINE uint64_t set_scalar(uint64_t v) { return v; }
 LANE_INLINE uint64_t ramp_scalar(uint64_t first, uint64_t step) { (void)step; return first; }
 LANE_INLINE uint64_t and_scalar(uint64_t a, uint64_t b) { return a & b; }
@@ -411,6 +578,8 @@ LANE_INLINE uint64_t add_scalar(uint64_t a, uint64_t b) { return a + b; }
 LANE_INLINE uint64_t sub_scalar(uint64_t a, uint64_t b) { return a - b; }
 LANE_INLINE uint64_t shr_scalar(uint64_t a, int n) { return a >> n; }
 LANE_INLINE int nonzero_scalar(uint64_t a) { return a != 0; }
+LANE_INLINE unsigned same_scalar(uint64_t a, uint64_t b) { return a == b; }
+LANE_INLINE void store_some_scalar(uint64_t *p, unsigned some, uint64_t v) { *p = some & 1 ? v : *p; }
 LANE_INLINE int count_scalar(uint64_t a, uint64_t bit) { return (a & bit) != 0; }
 LANE_INLINE uint64_t choose_scalar(uint64_t x, uint64_t y, uint64_t a, uint64_t b) { return x == y ? a : b; }
 LANE_INLINE uint64_t fold_scalar(uint64_t a) { return a; }
@@ -428,6 +597,7 @@ LANE_INLINE uint64_t fold_scalar(uint64_t a) { return a; }
 typedef __m256i vec_avx2;
 LANE_TARGET LANE_INLINE __m256i load_avx2(const uint64_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 LANE_TARGET LANE_INLINE void store_avx2(uint64_t *p, __m256i v) { _mm256_storeu_si256((__m256i *)p, v); }
+LANE_TARGET LANE_INLINE void stream_avx2(uint64_t *p, __m256i v) { _mm256_stream_si256((__m256i *)p, v); }
 LANE_TARGET LANE_INLINE __m256i set_avx2(uint64_t v) { return _mm256_set1_epi64x((long long)v); }
 LANE_TARGET LANE_INLINE __m256i ramp_avx2(uint64_t a, uint64_t s)
 {
@@ -445,10 +615,24 @@ LANE_TARGET LANE_INLINE __m256i choose_avx2(__m256i x, __m256i y, __m256i a, __m
 {
     return _mm256_blendv_epi8(b, a, _mm256_cmpeq_epi64(x, y));
 }
+LANE_TARGET LANE_INLINE unsigned same_avx2(__m256i a, __m256i b)
+{
+    return (unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(a, b)));
+}
+LANE_TARGET LANE_INLINE void store_some_avx2(uint64_t *p, unsigned some, __m256i v)
+{
+    const __m256i bits = _mm256_setr_epi64x(1, 2, 4, 8), mine = _mm256_and_si256(_mm256_set1_epi64x(some), bits);
+    _mm256_maskstore_epi64((long long *)p, _mm256_cmpeq_epi64(mine, bits), v);
+}
 LANE_TARGET LANE_INLINE int count_avx2(__m256i a, uint64_t bit)
 {
     const __m256i lacks = _mm256_cmpeq_epi64(_mm256_and_si256(a, _mm256_set1_epi64x((long long)bit)), _mm256_setzero_si256());
     return 4 - __builtin_popcount((unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(lacks)));
+}
+LANE_TARGET LANE_INLINE __m256i twins_avx2(__m256i a)
+{
+    return _mm256_or_si256(_mm256_cmpeq_epi64(a, _mm256_permute4x64_epi64(a, 0x39)),
+                           _mm256_cmpeq_epi64(a, _mm256_permute4x64_epi64(a, 0x4e)));
 }
 LANE_TARGET LANE_INLINE uint64_t fold_avx2(__m256i a)
 {
@@ -468,6 +652,7 @@ LANE_TARGET LANE_INLINE uint64_t fold_avx2(__m256i a)
 typedef __m512i vec_avx512;
 LANE_TARGET LANE_INLINE __m512i load_avx512(const uint64_t *p) { return _mm512_loadu_si512(p); }
 LANE_TARGET LANE_INLINE void store_avx512(uint64_t *p, __m512i v) { _mm512_storeu_si512(p, v); }
+LANE_TARGET LANE_INLINE void stream_avx512(uint64_t *p, __m512i v) { _mm512_stream_si512((__m512i *)p, v); }
 LANE_TARGET LANE_INLINE __m512i set_avx512(uint64_t v) { return _mm512_set1_epi64((long long)v); }
 LANE_TARGET LANE_INLINE __m512i ramp_avx512(uint64_t a, uint64_t s)
 {
@@ -485,6 +670,11 @@ LANE_TARGET LANE_INLINE int nonzero_avx512(__m512i a) { return _mm512_test_epi64
 LANE_TARGET LANE_INLINE __m512i choose_avx512(__m512i x, __m512i y, __m512i a, __m512i b)
 {
     return _mm512_mask_blend_epi64(_mm512_cmpeq_epi64_mask(x, y), b, a);
+}
+LANE_TARGET LANE_INLINE unsigned same_avx512(__m512i a, __m512i b) { return _mm512_cmpeq_epi64_mask(a, b); }
+LANE_TARGET LANE_INLINE void store_some_avx512(uint64_t *p, unsigned some, __m512i v)
+{
+    _mm512_mask_storeu_epi64(p, (__mmask8)some, v);
 }
 LANE_TARGET LANE_INLINE int count_avx512(__m512i a, uint64_t bit)
 {
@@ -565,6 +755,7 @@ struct lane_rest {
 
 struct lane_share {
     struct lane lane; /* with counts of its own */
+    struct lane_like likes[LANE_ORDERS][2];
     const uint64_t *read; /* by lane_marks, which writes no entries */
     uint64_t *src, *dst;
     size_t n, from, until, first; /* slots: all, and its own; where its first table ends */
@@ -739,6 +930,8 @@ static inline size_t lane_threads(struct lane *l, uint64_t *src, uint64_t *dst, 
         s->lane.none = s->lane.exclusive = s->lane.reads = s->lane.wrprotects = s->lane.wrprotected = 0;
         memset(s->lane.rss, 0, sizeof(s->lane.rss));
         s->lane.hist = hists + k * nr_hist;
+        s->lane.likes = s->likes;
+        s->lane.nr_slots = 0; /* counts of slots are not for several threads */
         s->lane.others = s->others;
         s->lane.nr_others = (int)nr - 1;
         s->src = src;
@@ -754,7 +947,8 @@ static inline size_t lane_threads(struct lane *l, uint64_t *src, uint64_t *dst, 
     if (done) {
         lane_shares(shares, nr, lane_share_run);
         for (k = 0; k < nr; k++) {
-            const struct lane *mine = &shares[k].lane;
+            struct lane *mine = &shares[k].lane;
+            lane_settle_all(mine);
             l->none += mine->none;
             l->exclusive += mine->exclusive;
             l->reads += mine->reads;

@@ -1,7 +1,7 @@
 /*
  * The lane's loops over entries, once for every SIMD level: _lane.h includes this file with LANE(name) giving a name its
  * level's suffix, LANE_TARGET the level's target attribute, LANES the entries in a vector, and the vector operations
- * load, store, set (all lanes), ramp (first, first + step, ...), and, andnot (~a & b), or, xor, add, sub, shr,
+ * load, store, stream (store past the cache), set (all lanes), ramp (first, first + step, ...), and, andnot (~a & b), or, xor, add, sub, shr,
  * nonzero (any lane), count (lanes that have a bit), choose (x == y ? a : b in each lane), fold (OR of all lanes).
  */
 #define V LANE(vec)
@@ -28,6 +28,20 @@ LANE_TARGET LANE_INLINE V LANE(lane_protect)(struct lane *l, uint64_t *src, V v)
     return v;
 }
 
+/* Whether entries of the child that begin here, and any that lie a multiple of LANES behind, are written past the cache. */
+LANE_TARGET LANE_INLINE int LANE(may_bypass)(const struct lane *l, const uint64_t *dst)
+{
+    return l->bypass && !((uintptr_t)dst & (LANES * sizeof(uint64_t) - 1));
+}
+
+LANE_TARGET LANE_INLINE void LANE(put)(int bypass, uint64_t *dst, V v)
+{
+    if (bypass)
+        LANE(stream)(dst, v);
+    else
+        LANE(store)(dst, v);
+}
+
 /* The child's, of entries that are write-protected where they have to be. */
 LANE_TARGET LANE_INLINE V LANE(lane_to_child)(const struct lane *l, V v)
 {
@@ -45,57 +59,87 @@ LANE_TARGET LANE_INLINE V LANE(lane_extent)(const struct lane *l, V v, V *bad)
     return at;
 }
 
-/* Nonzero if one of LANES entries is not a PROT_NONE entry that maps a page of the extent. */
-LANE_TARGET LANE_INLINE V LANE(lane_protnone)(const struct lane *l, V v)
+/* How lane_check tells entries that map pages of the extent: as lane_extent does, and PROT_NONE entries, whose PFN may be
+ * inverted, as what they would be without that. */
+struct LANE(lane_kind) {
+    V turn, mask, first, last;
+};
+
+LANE_TARGET LANE_INLINE struct LANE(lane_kind) LANE(lane_kind_of)(const struct lane *l, int protnone)
 {
-    const V protnone = LANE(set)(l->present & ~l->valid);
-    V bad;
-    LANE(lane_extent)(l, LANE(xor)(v, LANE(set)(l->inverted | l->valid)), &bad);
-    return LANE(or)(bad, LANE(andnot)(v, protnone));
+    const uint64_t also = protnone ? l->present & ~l->valid : 0, first = l->extent_pfn << LANE_PFN_SHIFT | l->valid | also;
+    struct LANE(lane_kind) kind;
+    kind.turn = LANE(set)(protnone ? l->inverted | l->valid : 0);
+    kind.mask = LANE(set)(l->pfn_mask | l->valid | l->special | also);
+    kind.first = LANE(set)(first);
+    kind.last = LANE(set)((l->extent_len - 1) << LANE_PFN_SHIFT);
+    return kind;
 }
 
-/* Nonzero if one of 4 * LANES entries is not as lane_extent wants it. */
-LANE_TARGET LANE_INLINE V LANE(lane_bad)(const struct lane *l, const uint64_t *entries)
+/* Nonzero where an entry is not of that kind. */
+LANE_TARGET LANE_INLINE V LANE(lane_unkind)(const struct LANE(lane_kind) *kind, V v)
 {
-    V bad = LANE(set)(0), more;
+    const V at = LANE(sub)(LANE(and)(LANE(xor)(v, kind->turn), kind->mask), kind->first);
+    return LANE(and)(LANE(or)(at, LANE(sub)(kind->last, at)), LANE(set)(LANE_BIT(63) | (LANE_BIT(LANE_PFN_SHIFT) - 1)));
+}
+
+/* Nonzero if one of 4 * LANES entries is not. */
+LANE_TARGET LANE_INLINE V LANE(lane_bad)(const struct LANE(lane_kind) *kind, const uint64_t *entries)
+{
+    V bad = LANE(set)(0);
     size_t k = 0;
-    for (; k < 4 * LANES; k += LANES) {
-        LANE(lane_extent)(l, LANE(load)(entries + k), &more);
-        bad = LANE(or)(bad, more);
-    }
-    lane_stream(entries, 4 * LANES);
+    for (; k < 4 * LANES; k += LANES)
+        bad = LANE(or)(bad, LANE(lane_unkind)(kind, LANE(load)(entries + k)));
+    for (k = 0; k < 4 * LANES; k += LANE_LINE)
+        LANE_PREFETCH_READ((const void *)((uintptr_t)(entries + k) + LANE_AHEAD_STREAM * sizeof(uint64_t)));
     return bad;
 }
 
-/* The read-only pass: entries from the front, LANES at a time, that all are none or map pages of the extent. */
+/* Whether LANES entries, whatever mixture, are none, or map a page of the extent, or are of pages that are swapped out. */
+LANE_TARGET LANE_INLINE int LANE(lane_any_kind)(const struct lane *l, V v)
+{
+    const struct LANE(lane_kind) present = LANE(lane_kind_of)(l, 0), protnone = LANE(lane_kind_of)(l, 1);
+    const V none = LANE(xor)(LANE(and)(v, LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)), zero = LANE(set)(0);
+    const V type = LANE(and)(LANE(shr)(v, l->swp_type_shift), LANE(set)(l->swp_type_mask));
+    V bad = LANE(choose)(LANE(and)(v, LANE(set)(l->valid)), zero, LANE(lane_unkind)(&protnone, v), LANE(lane_unkind)(&present, v));
+    bad = LANE(choose)(LANE(and)(v, LANE(set)(l->present)), zero,
+                       LANE(and)(LANE(sub)(LANE(set)(l->swp_types - 1), type), LANE(set)(LANE_BIT(63))), bad);
+    return !LANE(nonzero)(LANE(choose)(none, zero, zero, bad));
+}
+
+/* The read-only pass: entries from the front, LANES at a time, that copying may go on with as far as their pages are concerned. */
 LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t *entries, size_t n)
 {
-    const V none = LANE(set)(l->none_value);
     const size_t part = n / LANE_STREAMS & ~(size_t)(4 * LANES - 1);
+    int protnone = n && entries[0] & l->present && !(entries[0] & l->valid);
+    struct LANE(lane_kind) kind = LANE(lane_kind_of)(l, protnone);
     size_t i = 0, k;
     V bad, v;
-    /* Mostly nothing is bad. One stream of reads does not keep the memory busy: several at once do. */
+    /* Mostly all are of one kind. One stream of reads does not keep the memory busy: several at once do. */
     if (part >= LANE_LONG) {
         for (; i < part; i += 4 * LANES) {
-            bad = LANE(lane_bad)(l, entries + i);
+            bad = LANE(lane_bad)(&kind, entries + i);
             for (k = 1; k < LANE_STREAMS; k++)
-                bad = LANE(or)(bad, LANE(lane_bad)(l, entries + i + k * part));
+                bad = LANE(or)(bad, LANE(lane_bad)(&kind, entries + i + k * part));
             if (LANE(nonzero)(bad))
                 break;
         }
         i = i < part ? i : LANE_STREAMS * part;
     }
     for (; i + LANES <= n; i += LANES) {
-        while (i + 4 * LANES <= n && !LANE(nonzero)(LANE(lane_bad)(l, entries + i)))
+        while (i + 4 * LANES <= n && !LANE(nonzero)(LANE(lane_bad)(&kind, entries + i)))
             i += 4 * LANES;
-        for (bad = LANE(set)(0); i + LANES <= n && !LANE(nonzero)(bad); i += LANES)
-            LANE(lane_extent)(l, LANE(load)(entries + i), &bad);
-        if (!LANE(nonzero)(bad))
+        if (i + LANES > n)
             break;
-        i -= LANES;
         v = LANE(load)(entries + i);
-        if (LANE(nonzero)(LANE(xor)(v, none)) && LANE(nonzero)(LANE(lane_protnone)(l, v)))
+        if (!LANE(nonzero)(LANE(lane_unkind)(&kind, v)))
+            continue;
+        if (!LANE(lane_any_kind)(l, v))
             break;
+        if (!(entries[i] & l->valid) == !protnone && entries[i] & l->present) {
+            protnone = !protnone;
+            kind = LANE(lane_kind_of)(l, protnone);
+        }
     }
     return i;
 }
@@ -108,6 +152,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
     const uint64_t ae = w >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0, kind = w & (LANE_KIND | ae);
     const uint64_t mask = l->small_mask | LANE_KIND | ae, value = l->small_value | kind;
     const uint64_t delta = LANE_ONE_MAPPING - (kind & ae), pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
+    const size_t far = lane_ahead(l->bypass);
     const int cow = l->cow, prefetch = l->prefetch;
     uint64_t at[LANES];
     size_t i = 0;
@@ -121,9 +166,9 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
         if (LANE(nonzero)(bad))
             break;
         LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
-        if (prefetch && i + LANE_AHEAD_SMALL + LANES <= ahead)
+        if (prefetch && i + far + LANES <= ahead)
             for (k = 0; k < LANES; k++) {
-                uint64_t next = ((src[i + LANE_AHEAD_SMALL + (size_t)k] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+                uint64_t next = ((src[i + far + (size_t)k] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
                 LANE_PREFETCH_AT(words, next);
             }
         for (k = 0; k < LANES; k++) {
@@ -162,125 +207,129 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
     LANE(store)(words, LANE(add)(LANE(andnot)(LANE(set)(clear), w), LANE(set)(l->page_mapcount)));
 }
 
-/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, the first of which is v, each
- * mapped whole by entries that form one batch, or without batching are alike. Everything of a folio stays in registers.
- * Returns the entries copied. The first table ends after `left` entries, and every further one after l->ptrs more; no
- * folio crosses an end.
- *
- * What a folio's words and entries become is worked out for one folio; those behind it that are the same but for where
- * they are (all entries like the first, all words and MM-ID slots as they were there) are only compared and stored. The
- * slots of folios of 4 pages and more are in their words; where they are spilled, or would be, this stops. */
-LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
-                                                size_t ahead, uint64_t v, const size_t pages, const uint64_t order)
+/* A folio of `pages` pages (constant where inlined: 2 to 16), mapped whole by entries that form one batch, or without batching
+ * are alike; the first is src[0], and `at` the place of its word in the extent. What becomes of entries that are alike is kept
+ * for others. Returns 0 with nothing done if it is not so. */
+LANE_TARGET LANE_INLINE int LANE(lane_whole_one)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t at,
+                                                 const size_t pages, const int order)
 {
     enum { MOST = 16 / LANES };
-    const uint64_t counter = (uint64_t)pages << COUNTER_SHIFT_, pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
-    const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1, hard = l->present | l->valid | l->special;
-    const uint64_t flip = v & l->valid ? 0 : l->inverted, step = lane_step(l, v);
-    const V all = LANE(set)(LANE_WHOLE_MASK | l->large_mask);
-    const int inlined = pages >= 4, mm_id = l->mm_id, prefetch = l->prefetch, second = l->large_mapcount, cow = l->cow;
-    uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at, first[16] = {
-        counter + l->page_mapcount, (second ? counter : 0) + l->page_mapcount,
-        l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount,
-        l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount, l->page_mapcount,
-        l->page_mapcount, l->page_mapcount};
-    V ramp[MOST], mask[MOST];
-    size_t i = 0, k, nr;
+    const uint64_t counter = (uint64_t)pages << COUNTER_SHIFT_, head = src[0], step = lane_step(l, head);
+    const V mask = LANE(set)(LANE_WHOLE_MASK | l->large_mask), flags = LANE(set)(lane_changed(&l->norm, head));
+    const int inlined = pages >= 4;
+    uint64_t *const words = l->words + l->extent_at + at, *const aux = l->aux + l->extent_at + at;
+    const uint64_t w = words[0], exclusive = (w >> ANON_BIT_ & 1) << AE_BIT_;
+    const V value = LANE(set)((w & LANE_KIND) | (uint64_t)order << ORDER_SHIFT_ | LANE_BIT(VALID_BIT_));
+    V cur[MOST], ramp[MOST], before[MOST], wrong, differ = LANE(set)(0), other = LANE(set)(0), seen = LANE(set)(0);
+    struct lane_like like, *t = &like;
+    struct mm_slots slots = { { 0, 0 } };
+    const uint64_t normal = lane_changed(&l->norm, head);
+    int any;
+    size_t k;
+    if (lane_changed(&l->norm, src[1]) != normal + step
+        || lane_changed(&l->norm, src[pages - 1]) != normal + (pages - 1) * step)
+        return 0; /* where batches are short, this mostly tells */
     for (k = 0; k < pages / LANES; k++) {
         ramp[k] = LANE(ramp)(k * LANES * step, step);
+        cur[k] = LANE(load)(src + k * LANES);
+        before[k] = LANE(load)(words + k * LANES);
+        differ = LANE(or)(differ, LANE(xor)(LANE(lane_change)(&l->norm, cur[k]), LANE(add)(flags, ramp[k])));
         /* Page 2's field may be shared, but page 3's not spilled. */
-        mask[k] = inlined ? LANE(andnot)(LANE(and)(LANE(load)(lane_third + k * LANES), LANE(set)(INLINE_FLAG)), all) : all;
+        wrong = LANE(and)(LANE(xor)(before[k], value), mask);
+        if (inlined && k * LANES < 4)
+            wrong = LANE(andnot)(LANE(and)(LANE(load)(lane_third + k * LANES), LANE(set)(INLINE_FLAG)), wrong);
+        differ = LANE(or)(differ, wrong);
+        other = LANE(or)(other, LANE(xor)(cur[k], LANE(add)(LANE(set)(head), ramp[k])));
+        seen = LANE(or)(seen, cur[k]);
     }
+    if (LANE(nonzero)(differ) || !lane_canonical(l, head) || (!l->batching && LANE(nonzero)(other)))
+        return 0;
+    if (l->mm_id) {
+        slots = load_mm_slots(words, aux, 0, inlined);
+        lane_mm_mapping(l, &slots, pages, ((words[1] & LANE_COUNTER) >> COUNTER_SHIFT_) + pages);
+        if (inlined ? !slots_fit(&slots) : ((slots.slot[0] | slots.slot[1]) & LANE_HALF_AUX) != 0)
+            return 0;
+    }
+    any = LANE(nonzero)(LANE(and)(seen, LANE(set)(l->writable)));
+    if (!LANE(nonzero)(other))
+        t = lane_other(l, order);
+    lane_like_entries(l, t, head, w, any);
+    t->folios = 1;
+    memcpy(t->aux, aux, sizeof(t->aux));
+    for (k = 0; k < pages / LANES; k++) {
+        const V after = LANE(add)(LANE(andnot)(LANE(set)(exclusive), before[k]), LANE(set)(l->page_mapcount));
+        t->nr_exclusive += LANE(count)(before[k], exclusive);
+        LANE(store)(t->before + k * LANES, before[k]);
+        LANE(store)(words + k * LANES, after);
+        if (t->write)
+            LANE(store)(src + k * LANES, LANE(lane_change)(&l->wrprotect, cur[k]));
+        LANE(store)(dst + k * LANES, LANE(add)(LANE(set)(head + t->child), ramp[k]));
+    }
+    words[0] += counter;
+    if (l->large_mapcount)
+        words[1] += counter;
+    if (l->mm_id)
+        store_mm_slots(words, aux, 0, inlined, slots);
+    memcpy(t->after, words, pages * sizeof(uint64_t));
+    memcpy(t->aux_after, aux, sizeof(t->aux_after));
+    if (t == &like)
+        lane_settle(l, t, order);
+    return 1;
+}
+
+/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, the first of which is v, each
+ * mapped whole. Those like one of the two kinds met last are only compared and stored. Returns the entries copied. The
+ * first table ends after `left` entries, and every further one after l->ptrs more; no folio crosses an end. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
+                                                size_t ahead, uint64_t v, const size_t pages, const int order)
+{
+    enum { MOST = 16 / LANES };
+    struct lane_like *const likes = l->likes[order];
+    const uint64_t pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn, hard = l->present | l->valid | l->special;
+    const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
+    const uint64_t flip = v & l->valid ? 0 : l->inverted, step = lane_step(l, v);
+    const int slots = l->mm_id && pages < 4, prefetch = l->prefetch, bypass = LANE(may_bypass)(l, dst); /* slots in aux */
+    uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at;
+    V ramp[MOST];
+    const size_t far = lane_ahead_large(l->bypass);
+    size_t i = 0, k;
+    for (k = 0; k < pages / LANES; k++)
+        ramp[k] = LANE(ramp)(k * LANES * step, step);
     while (i + pages <= n) {
-        V before[MOST], after[MOST], wp[MOST], differ = LANE(set)(0), seen = LANE(set)(0), other = LANE(set)(0), value, normal;
-        uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn, w, exclusive, child;
-        uint64_t third = 0, fourth = 0, flags, to_wp, nr_exclusive = 0; /* what pages 2 and 3 get: new slots for old */
-        struct mm_slots slots = { { 0, 0 } }, slots_after;
-        size_t from = i;
-        int any;
+        const size_t from = i;
+        uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn;
+        uint64_t flags, protect, child;
+        struct lane_like *t;
+        V before[MOST], after[MOST];
+        int write;
         if (at >= room || pfn & (pages - 1) || (head ^ v) & hard)
             break;
-        flags = lane_changed(&l->norm, head);
-        if (lane_changed(&l->norm, src[i + 1]) != flags + step
-            || lane_changed(&l->norm, src[i + pages - 1]) != flags + (pages - 1) * step)
-            break; /* where batches are short, this mostly tells */
-        w = words[at];
-        exclusive = (w >> ANON_BIT_ & 1) << AE_BIT_;
-        value = LANE(set)((w & LANE_KIND) | order << ORDER_SHIFT_ | LANE_BIT(VALID_BIT_));
-        normal = LANE(set)(flags);
+        t = likes + ((head & ~pfn_mask) + words[at] == likes[1].key);
+        flags = t->flags;
+        write = t->write;
+        protect = t->protect;
+        child = t->child;
         for (k = 0; k < pages / LANES; k++) {
-            V cur = LANE(load)(src + i + k * LANES);
-            wp[k] = LANE(lane_change)(&l->wrprotect, cur);
-            differ = LANE(or)(differ, LANE(xor)(LANE(lane_change)(&l->norm, cur), LANE(add)(normal, ramp[k])));
-            other = LANE(or)(other, LANE(xor)(cur, LANE(add)(LANE(set)(head), ramp[k])));
-            seen = LANE(or)(seen, cur);
-            before[k] = LANE(load)(words + at + k * LANES);
-            differ = LANE(or)(differ, LANE(and)(LANE(xor)(before[k], value), mask[k]));
+            before[k] = LANE(load)(t->before + k * LANES);
+            after[k] = LANE(load)(t->after + k * LANES);
         }
-        any = LANE(nonzero)(LANE(and)(seen, LANE(set)(l->writable)));
-        if (LANE(nonzero)(differ) || !lane_canonical(l, head))
-            break;
-        if (!l->batching && LANE(nonzero)(other))
-            break;
-        if (mm_id && inlined) {
-            slots.slot[0] = slot_unpacked(words[at + 2]);
-            slots.slot[1] = slot_unpacked(words[at + 3]);
-        } else if (mm_id) {
-            slots.slot[0] = aux[at];
-            slots.slot[1] = aux[at + 1];
-            if ((slots.slot[0] | slots.slot[1]) & LANE_HALF_AUX)
-                break;
-        }
-        slots_after = slots;
-        if (mm_id)
-            lane_mm_mapping(l, &slots_after, pages, ((words[at + 1] & LANE_COUNTER) >> COUNTER_SHIFT_) + pages);
-        if (mm_id && inlined) {
-            if (!slots_fit(&slots_after))
-                break;
-            third = slot_packed(slots_after.slot[0]) - slot_packed(slots.slot[0]);
-            fourth = slot_packed(slots_after.slot[1]) - slot_packed(slots.slot[1]);
-        }
-        child = lane_child(l, head, any);
-        for (k = 0; k < pages / LANES; k++) {
-            if (any && cow)
-                LANE(store)(src + i + k * LANES, wp[k]);
-            LANE(store)(dst + i + k * LANES, LANE(add)(LANE(set)(child), ramp[k]));
-            nr_exclusive += (uint64_t)LANE(count)(before[k], exclusive);
-            after[k] = LANE(add)(LANE(andnot)(LANE(set)(exclusive), before[k]), LANE(load)(first + k * LANES));
-            if (inlined && k * LANES < 4) {
-                after[k] = LANE(add)(after[k], LANE(and)(LANE(load)(lane_third + k * LANES), LANE(set)(third)));
-                after[k] = LANE(add)(after[k], LANE(and)(LANE(load)(lane_fourth + k * LANES), LANE(set)(fourth)));
-            }
-            LANE(store)(words + at + k * LANES, after[k]);
-        }
-        if (mm_id && !inlined) {
-            aux[at] = slots_after.slot[0];
-            aux[at + 1] = slots_after.slot[1];
-        }
-        i += pages;
-        flags = head & ~pfn_mask;
-        to_wp = any && cow ? lane_wrprotect(l, head) - head : 0;
-        child -= head;
-        for (; !LANE(nonzero)(other) && i + pages <= n; i += pages) {
-            V entries[MOST];
+        for (; i + pages <= n; i += pages) {
+            V entries[MOST], differ = LANE(set)(0);
             head = src[i];
             pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT;
             at = pfn - extent_pfn;
             if (at >= room || pfn & (pages - 1) || (head & ~pfn_mask) != flags)
                 break;
-            if (mm_id && !inlined && ((aux[at] ^ slots.slot[0]) | (aux[at + 1] ^ slots.slot[1])))
+            if (slots && ((aux[at] ^ t->aux[0]) | (aux[at + 1] ^ t->aux[1])))
                 break;
-            if (prefetch && i + LANE_AHEAD_LARGE + 16 <= ahead) {
-                uint64_t next = (((src[i + LANE_AHEAD_LARGE] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+            if (prefetch && i + far + 16 <= ahead) {
+                uint64_t next = (((src[i + far] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
                 LANE_PREFETCH_AT(words, next);
                 if (pages == 16)
                     LANE_PREFETCH_AT(words, next + LANE_LINE);
-                if (mm_id && !inlined)
+                if (slots)
                     LANE_PREFETCH_AT(aux, next);
             }
-            lane_stream(src + i, pages);
-            lane_stream(dst + i, pages);
-            differ = LANE(set)(0);
             for (k = 0; k < pages / LANES; k++) {
                 entries[k] = LANE(add)(LANE(set)(head), ramp[k]);
                 differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k * LANES), entries[k]));
@@ -289,33 +338,58 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             if (LANE(nonzero)(differ))
                 break;
             for (k = 0; k < pages / LANES; k++) {
-                if (any && cow)
-                    LANE(store)(src + i + k * LANES, LANE(add)(entries[k], LANE(set)(to_wp)));
-                LANE(store)(dst + i + k * LANES, LANE(add)(entries[k], LANE(set)(child)));
+                if (write)
+                    LANE(store)(src + i + k * LANES, LANE(add)(entries[k], LANE(set)(protect)));
+                LANE(put)(bypass, dst + i + k * LANES, LANE(add)(entries[k], LANE(set)(child)));
                 LANE(store)(words + at + k * LANES, after[k]);
             }
-            if (mm_id && !inlined) {
-                aux[at] = slots_after.slot[0];
-                aux[at + 1] = slots_after.slot[1];
+            if (slots) {
+                aux[at] = t->aux_after[0];
+                aux[at + 1] = t->aux_after[1];
             }
         }
-        nr = (i - from) / pages;
-        l->exclusive += (int64_t)(nr * nr_exclusive);
-        l->rss[lane_rss(w)] += (int64_t)(i - from);
-        l->wrprotects += any && cow ? (int64_t)(l->batching ? nr : i - from) : 0;
-        l->wrprotected += any && cow ? (int64_t)(i - from) : 0;
+        t->folios += (int64_t)((i - from) / pages);
+        if (i > from)
+            continue;
+        if (!LANE(lane_whole_one)(l, src + i, dst + i, at, pages, order))
+            break;
+        i += pages;
     }
-    if (!l->batching) {
-        l->hist[1] += (int64_t)i;
-        return i;
-    }
-    nr = i / pages;
-    l->hist[pages] += (int64_t)nr;
-    /* Reads of the scan: the other entries, and without the clamp the one behind the folio unless the table ends there. */
-    l->reads += (int64_t)(i - nr);
-    if (!l->clamp)
-        l->reads += (int64_t)(nr - lane_ends(l, i, n, left));
+    lane_behind(l, i, n, left, pages);
     return i;
+}
+
+/* A batch of entries like v among the first n, at most LANE_WHOLE; as many may be read from src and words. Returns how many
+ * were copied: 0 if one that is not alike goes on with the batch, or a mapcount is near its limit. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
+                                                uint64_t v, uint64_t step, uint64_t clear, int any)
+{
+    enum { MOST = LANE_WHOLE / LANES };
+    const uint64_t protect = any && l->cow ? lane_wrprotect(l, v) - v : 0, child = lane_child(l, v, any) - v;
+    V entries[MOST], before[MOST], near = LANE(set)(0);
+    unsigned same = 1u << LANE_WHOLE, exclusive = 0, some;
+    size_t k, nr;
+    for (k = 0; k < MOST; k++) {
+        entries[k] = LANE(add)(LANE(set)(v), LANE(ramp)(k * LANES * step, step));
+        before[k] = LANE(load)(words + k * LANES);
+        same |= (LANE(same)(LANE(load)(src + k * LANES), entries[k]) ^ ((1u << LANES) - 1)) << k * LANES;
+        exclusive |= (LANE(same)(LANE(and)(before[k], LANE(set)(clear)), LANE(set)(0)) ^ ((1u << LANES) - 1)) << k * LANES;
+        near = LANE(or)(near, before[k]);
+    }
+    nr = (size_t)__builtin_ctz(same | 1u << n);
+    if (LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2))))
+        || (nr < n && lane_changed(&l->norm, src[nr]) == lane_changed(&l->norm, v) + nr * step))
+        return 0;
+    some = (1u << nr) - 1;
+    l->exclusive += __builtin_popcount(exclusive & some);
+    for (k = 0; k < MOST; k++) {
+        const unsigned mine = some >> k * LANES;
+        if (protect)
+            LANE(store_some)(src + k * LANES, mine, LANE(add)(entries[k], LANE(set)(protect)));
+        LANE(store_some)(dst + k * LANES, mine, LANE(add)(entries[k], LANE(set)(child)));
+        LANE(store_some)(words + k * LANES, mine, LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount)));
+    }
+    return nr;
 }
 
 /* folio_pte_batch() over n entries, the first included; any says whether one of them is writable. */
@@ -376,6 +450,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
     const int prefetch = l->prefetch;
     uint64_t counts[LANES];
     V same = LANE(ramp)(v, step), exclusive = LANE(set)(0), seen = LANE(set)(like);
+    const size_t far = lane_ahead_large(l->bypass);
     size_t k = 0, lane, nr_usual = 0, j;
     if (prefetch && n < ahead)
         LANE_PREFETCH_AT(l->aux, ((src[n] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent);
@@ -385,8 +460,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
             V differ = LANE(set)(0), many[MANY];
             lane_stream(src + k, MANY * LANES);
             lane_stream(dst + k, MANY * LANES);
-            if (prefetch && k + LANE_AHEAD_LARGE < ahead) {
-                uint64_t at = ((src[k + LANE_AHEAD_LARGE] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent;
+            if (prefetch && k + far < ahead) {
+                uint64_t at = ((src[k + far] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent;
                 for (j = 0; j < MANY * LANES; j += LANE_LINE)
                     LANE_PREFETCH_AT(l->words, at + j);
             }
@@ -436,6 +511,85 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
     return k;
 }
 
+/* Folios of more than LANE_WHOLE pages from the front of n entries, the first of which is v, as in lane_whole; any that are
+ * not like one of the two kinds met last end it, and are left as they were. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_alike)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
+                                                size_t ahead, uint64_t v, const size_t pages, const int order)
+{
+    enum { MANY = LANES > 1 ? 2 : 8 };
+    struct lane_like *const likes = l->likes[order];
+    const uint64_t pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn, hard = l->present | l->valid | l->special;
+    const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
+    const uint64_t flip = v & l->valid ? 0 : l->inverted, step = lane_step(l, v);
+    const int mm_id = l->mm_id, prefetch = l->prefetch, bypass = LANE(may_bypass)(l, dst);
+    const V next = LANE(set)(step * LANES), ramp = LANE(ramp)(0, step);
+    uint64_t *const all = l->words + l->extent_at, *const aux = l->aux + l->extent_at;
+    const size_t far = lane_ahead_large(l->bypass);
+    size_t i = 0, k, j;
+    for (; i + pages <= n; i += pages) {
+        const uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn;
+        const uint64_t flags = head & ~pfn_mask;
+        uint64_t *const words = all + at;
+        struct lane_like *t;
+        V same = LANE(add)(LANE(set)(head), ramp), usual, usually, protect, child;
+        if (at >= room || pfn & (pages - 1) || (head ^ v) & hard)
+            break;
+        t = likes + (flags + words[0] == likes[1].key);
+        if (flags != t->flags || words[0] != t->before[0] || words[1] != t->before[1]
+            || (mm_id && ((aux[at] ^ t->aux[0]) | (aux[at + 1] ^ t->aux[1]))))
+            break;
+        words[0] = words[1] = t->before[2]; /* so that all are compared alike */
+        usual = LANE(set)(t->before[2]);
+        usually = LANE(set)(t->after[2]);
+        protect = LANE(set)(t->protect);
+        child = LANE(set)(t->child);
+        if (prefetch && mm_id && i + pages < ahead)
+            LANE_PREFETCH_AT(aux, (((src[i + pages] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn);
+        for (k = 0; k < pages; k += MANY * LANES) {
+            V differ = LANE(set)(0), many[MANY];
+            if (bypass)
+                lane_stream(src + i + k, MANY * LANES);
+            if (prefetch && i + k + far < ahead) {
+                uint64_t words_far = (((src[i + k + far] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+                for (j = 0; j < MANY * LANES; j += LANE_LINE)
+                    LANE_PREFETCH_AT(all, words_far + j);
+            }
+            for (j = 0; j < MANY; j++) {
+                many[j] = j ? LANE(add)(many[j - 1], next) : same;
+                differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k + j * LANES), many[j]));
+                differ = LANE(or)(differ, LANE(xor)(LANE(load)(words + k + j * LANES), usual));
+            }
+            if (LANE(nonzero)(differ))
+                break;
+            for (j = 0; j < MANY; j++) {
+                if (likes[0].write | likes[1].write)
+                    LANE(store)(src + i + k + j * LANES, LANE(add)(many[j], protect));
+                LANE(put)(bypass, dst + i + k + j * LANES, LANE(add)(many[j], child));
+                LANE(store)(words + k + j * LANES, usually);
+            }
+            same = LANE(add)(many[MANY - 1], next);
+        }
+        if (k < pages) { /* back: the child's entries are written again by who goes on here */
+            for (j = 0; j < k; j++) {
+                src[i + j] -= t->protect;
+                words[j] = t->before[2];
+            }
+            words[0] = t->before[0];
+            words[1] = t->before[1];
+            break;
+        }
+        words[0] = t->after[0];
+        words[1] = t->after[1];
+        if (mm_id) {
+            aux[at] = t->aux_after[0];
+            aux[at + 1] = t->aux_after[1];
+        }
+        t->folios++;
+    }
+    lane_behind(l, i, n, left, pages);
+    return i;
+}
+
 /* Entries from the front of n that map the pages of a large folio from the first on, each copied by itself; what the
  * entries are like does not matter. Returns how many. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_each)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
@@ -467,17 +621,22 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_each)(struct lane *l, uint64_t *src, ui
     return k;
 }
 
-/* lane_whole for the order at hand. Short folios take the vectors they fill. */
+/* Folios of the order at hand, each mapped whole. Short ones take the vectors they fill. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
-                                                 size_t ahead, uint64_t v, size_t pages)
+                                                 size_t ahead, uint64_t v, int order)
 {
-    if (pages == 16)
-        return LANE(lane_whole)(l, src, dst, n, left, ahead, v, 16, 4);
-    if (pages == 8)
-        return LANE(lane_whole)(l, src, dst, n, left, ahead, v, 8, 3);
-    if (pages == 4)
+    switch (order) {
+    case 1:
+        return lane_whole_scalar(l, src, dst, n, left, ahead, v, 2, 1);
+    case 2:
         return LANE4(lane_whole)(l, src, dst, n, left, ahead, v, 4, 2);
-    return lane_whole_scalar(l, src, dst, n, left, ahead, v, 2, 1);
+    case 3:
+        return LANE(lane_whole)(l, src, dst, n, left, ahead, v, 8, 3);
+    case 4:
+        return LANE(lane_whole)(l, src, dst, n, left, ahead, v, 16, 4);
+    default:
+        return LANE(lane_alike)(l, src, dst, n, left, ahead, v, (size_t)1 << order, order);
+    }
 }
 
 /* The front of n entries, the first of which, v, maps a page of a large folio; page is the index of that page's word w. The
@@ -491,10 +650,12 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
     const uint64_t step = lane_step(l, v);
     const uint64_t clear = w >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0;
     uint64_t *words = l->words + page;
+    const int order = (int)(w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1));
+    struct lane_like like;
     size_t nr = 0;
     int any = 1;
-    if (l->large_ok && limit == nr_pages && nr_pages <= 16 && (l->batching || l->writable == l->write)) {
-        nr = LANE(lane_wholes)(l, src, dst, left & (nr_pages - 1) ? left : n, left, ahead, v, nr_pages);
+    if (l->large_ok && limit == nr_pages && order < LANE_ORDERS && (l->batching || l->writable == l->write)) {
+        nr = LANE(lane_wholes)(l, src, dst, left & (nr_pages - 1) ? left : n, left, ahead, v, order);
         if (nr)
             return nr;
     }
@@ -502,17 +663,21 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
         return 0;
     if (l->nr_others && !lane_sole(l, pfn - offset, nr_pages))
         return 0;
-    if (!l->batching) {
-        if (l->writable != l->write)
-            return 0;
-        nr = LANE(lane_each)(l, src, dst, words, limit, v, step, clear);
-        lane_account(l, head, w, nr);
-        l->hist[1] += (int64_t)nr;
-        return nr;
-    }
-    if (!lane_canonical(l, v))
+    if (l->batching ? !lane_canonical(l, v) : l->writable != l->write)
         return 0;
-    if (l->cow && v & l->writable) {
+    if (nr_pages > LANE_WHOLE && !offset) { /* further on, the memmap may end with the second or third word */
+        memcpy(like.before, words, 3 * sizeof(like.before[0]));
+        memcpy(like.aux, l->aux + head, sizeof(like.aux));
+    }
+    if (LANES > 1 && l->batching && limit <= LANE_WHOLE && ahead >= LANE_WHOLE && page + LANE_WHOLE <= l->nr_words) {
+        any = (v & l->writable) != 0;
+        nr = LANE(lane_piece)(l, src, dst, words, limit, v, step, clear, any);
+    }
+    if (nr) {
+        /* done */
+    } else if (!l->batching) {
+        nr = LANE(lane_each)(l, src, dst, words, limit, v, step, clear);
+    } else if (l->cow && v & l->writable) {
         nr = LANE(lane_fused)(l, src, dst, words, limit, ahead, v, step, clear);
     } else {
         nr = LANE(lane_scan)(l, src, limit, v, step, &any);
@@ -521,22 +686,127 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
     if (!nr)
         return 0;
     lane_account(l, head, w, nr);
-    l->hist[nr]++;
-    /* Reads of the scan: entries 1..nr-1, the one that ended it, and without the clamp the one behind the folio. */
-    l->reads += (int64_t)nr - 1 + (nr < limit || (!l->clamp && limit < left));
-    if (any && l->cow) {
-        l->wrprotects++;
-        l->wrprotected += (int64_t)nr;
+    if (l->batching) {
+        l->hist[nr]++;
+        /* Reads of the scan: entries 1..nr-1, the one that ended it, and without the clamp the one behind the folio. */
+        l->reads += (int64_t)nr - 1 + (nr < limit || (!l->clamp && limit < left));
+        l->wrprotects += any && l->cow;
+        l->wrprotected += any && l->cow ? (int64_t)nr : 0;
+    } else {
+        l->hist[1] += (int64_t)nr;
+    }
+    if (nr == nr_pages && nr_pages > LANE_WHOLE && order < LANE_ORDERS && lane_canonical(l, v)) {
+        lane_like_entries(l, &like, v, w, (v & l->writable) != 0);
+        like.nr_exclusive = (like.before[0] & clear ? 1 : 0) + (like.before[1] & clear ? 1 : 0);
+        like.nr_exclusive += like.before[2] & clear ? (int64_t)nr - 2 : 0;
+        memcpy(like.after, words, 2 * sizeof(like.after[0]));
+        like.after[2] = (like.before[2] & ~clear) + l->page_mapcount;
+        memcpy(like.aux_after, l->aux + head, sizeof(like.aux_after));
+        *lane_other(l, order) = like;
     }
     return nr;
 }
+
+#if LANES == 4
+/* Fetch the words of the pages that LANES entries map. */
+LANE_TARGET LANE_INLINE void LANE(lane_fetch)(const struct lane *l, const uint64_t *src)
+{
+    const uint64_t first = (uintptr_t)(l->words + l->extent_at) - l->extent_pfn * sizeof(uint64_t);
+    const V places = LANE(shr)(LANE(and)(LANE(load)(src), LANE(set)(l->pfn_mask)), LANE_PFN_SHIFT - 3);
+    uint64_t at[LANES];
+    size_t k;
+    LANE(store)(at, LANE(add)(places, LANE(set)(first)));
+    for (k = 0; k < LANES; k++)
+        LANE_PREFETCH((const void *)at[k]);
+}
+
+/* Small folios and folios of 4, 8 or 16 pages that take turns, from the front of n entries. Four entries, and what is behind
+ * them in a larger folio, must be like one of the two kinds of their order met last. Which order it is makes no difference
+ * for four entries: it could not be predicted. Fetches the words of all pages ahead. */
+LANE_TARGET static size_t LANE(lane_quads)(struct lane *shared, uint64_t *src, uint64_t *dst, size_t n, size_t left,
+                                            size_t ahead, size_t fetched)
+{
+    const struct lane local = *shared, *l = &local; /* as in lane_run */
+    const uint64_t pfn_mask = l->pfn_mask;
+    struct lane_like (*const likes)[2] = l->likes;
+    uint64_t *const words = l->words + l->extent_at;
+    const V ramp = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT));
+    const size_t far = l->bypass ? LANE_AHEAD_LARGE : LANE_AHEAD_SMALL;
+    const size_t fetch = l->prefetch && ahead > far + 16 ? ahead - far - 16 : 0;
+    const int bypass = LANE(may_bypass)(l, dst);
+    int64_t reads = 0;
+    size_t i = 0, k, pages;
+    if (l->bypass && far < fetch)
+        for (k = fetched & ~(size_t)(LANES - 1); k < far; k += LANES)
+            LANE(lane_fetch)(l, src + k);
+    for (; i + 16 <= n; i += LANES) { /* advanced by constants: the next entries do not wait for what these are */
+        V bad, entries = LANE(load)(src + i), place = LANE(lane_extent)(l, entries, &bad), differ;
+        const uint64_t head = src[i], flags = head & ~pfn_mask;
+        uint64_t at[LANES], w, other;
+        struct lane_like *t;
+        unsigned order;
+        size_t more = 0;
+        LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
+        if (i < fetch)
+            LANE(lane_fetch)(l, src + i + far);
+        if (LANE(nonzero)(bad))
+            break;
+        w = words[at[0]];
+        order = w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1);
+        if (!(29u >> order & 1))
+            break;
+        t = likes[order] + (flags + w == likes[order][1].key);
+        differ = LANE(and)(LANE(xor)(entries, LANE(add)(LANE(set)(head), ramp)), LANE(set)(t->mask));
+        other = (flags ^ t->flags) | ((head >> LANE_PFN_SHIFT | (left - i)) & t->align);
+        for (k = 0; k < LANES; k++)
+            other |= words[at[k]] ^ t->before[k];
+        if (other || LANE(nonzero)(LANE(or)(differ, LANE(twins)(entries))))
+            break;
+        if (t->unit > LANES) {
+            pages = (size_t)t->unit;
+            more = pages - LANES;
+            if (at[0] + pages > l->extent_len)
+                break;
+            for (k = LANES; k < pages; k += LANES) {
+                differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k), LANE(add)(LANE(set)(head + (k << LANE_PFN_SHIFT)), ramp)));
+                differ = LANE(or)(differ, LANE(xor)(LANE(load)(words + at[0] + k), LANE(load)(t->before + k)));
+            }
+            if (LANE(nonzero)(differ))
+                break;
+            for (k = LANES; k < pages; k += LANES) {
+                const V cur = LANE(load)(src + i + k);
+                if (t->write)
+                    LANE(store)(src + i + k, LANE(add)(cur, LANE(set)(t->protect)));
+                LANE(put)(bypass, dst + i + k, LANE(add)(cur, LANE(set)(t->child)));
+                LANE(store)(words + at[0] + k, LANE(load)(t->after + k));
+                if (i < fetch)
+                    LANE(lane_fetch)(l, src + i + k + far);
+            }
+        }
+        for (k = 0; k < LANES; k++)
+            words[at[k]] = t->after[k];
+        if (t->write)
+            LANE(store)(src + i, LANE(add)(entries, LANE(set)(t->protect)));
+        LANE(put)(bypass, dst + i, LANE(add)(entries, LANE(set)(t->child)));
+        t->folios += t->nr;
+        i += more;
+        if (!l->clamp && l->batching)
+            reads += order && i + LANES < n && ((left - i - LANES) & (l->ptrs - 1));
+    }
+    shared->reads += reads;
+    return i;
+}
+#endif
 
 /* Copy from the front of n slots; returns how many. They lie in one table after the other, of l->ptrs slots; the first ends
  * after `left` slots. ahead entries may be read from src. */
 LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uint64_t *dst, size_t n, size_t left, size_t ahead)
 {
     struct lane local = *shared, *l = &local; /* a copy that no store into an array can change: it stays in registers */
-    size_t i = 0, page, done;
+    uint64_t *const words = l->words + l->extent_at;
+    const size_t far = lane_ahead(l->bypass);
+    size_t i = 0, page, done, fetched = 0;
+    int short_runs = 0; /* in a row; below zero: how many more without a try of lane_quads */
     for (; i < n; i += done) {
         uint64_t v = src[i], pfn, w;
         if (!left)
@@ -547,19 +817,40 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
             left--;
             continue;
         }
-        if (!(v & l->present) || v & l->special)
+        if (!(v & l->present)) {
+            done = lane_swap(l, src + i, dst + i, n - i);
+            if (!done)
+                break;
+            left = lane_left(l, left, done, n - i);
+            continue;
+        }
+        if (v & l->special)
             break;
         pfn = lane_pfn(l, v);
         page = lane_page(l, pfn);
         if (page >= l->nr_words)
             break;
         w = l->words[page];
+#if LANES > 1
+        if (short_runs >= LANE_SHORT_RUNS && (w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1)) <= 4) {
+            done = LANE4(lane_quads)(l, src + i, dst + i, n - i, left, ahead - i, fetched > i ? fetched - i : 0);
+            if (done) {
+                left = lane_left(l, left, done, n - i);
+                short_runs = 2 * LANE_SHORT_RUNS;
+                continue;
+            }
+            short_runs = -LANE_SHORT;
+        }
+#endif
+        done = 1;
         if (!((w ^ l->small_value) & l->small_mask)) {
             done = LANE(lane_group)(l, src + i, dst + i, n - i, ahead - i, w);
             if (!done) {
                 lane_small(l, src + i, dst + i, v, l->words + page, w);
                 done = 1;
             }
+            if (done < LANE_SHORT && short_runs >= 0 && l->writable == l->write)
+                lane_like_small(l, v, w);
         } else if (w >> VALID_BIT_ && w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1)) {
             done = LANE(lane_large)(l, src + i, dst + i, n - i, left, ahead - i, v, pfn, page, w);
         } else {
@@ -567,8 +858,16 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
         }
         if (!done)
             break;
+        short_runs += done < LANE_SHORT ? 1 : short_runs > 0 ? -1 : 0;
+        if (l->bypass && short_runs && done < LANE_SHORT) {
+            const size_t from = i + done, until = from + far < ahead ? from + far : ahead;
+            for (fetched = fetched < from ? from : fetched; fetched < until; fetched++)
+                LANE_PREFETCH_AT(words, ((src[fetched] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn);
+        }
         left = lane_left(l, left, done, n - i);
     }
+    if (l->bypass)
+        lane_fence();
     *shared = local;
     return i;
 }
@@ -641,6 +940,47 @@ LANE_TARGET static size_t LANE(lane_mark)(const struct lane *shared, const uint6
     return i;
 }
 
+/* Folios of `pages` pages from the front of n entries that are mapped whole, by entries like v, which is writable and maps the
+ * first page of such a folio; w is its word. Returns the entries protected. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_protect_alike)(struct lane *l, uint64_t *src, size_t n, size_t ahead, uint64_t v,
+                                                        uint64_t w, const size_t pages)
+{
+    const uint64_t sized = LANE_BIT(VALID_BIT_) | (LANE_BIT(ORDER_BITS_) - 1) << ORDER_SHIFT_, pfn_mask = l->pfn_mask;
+    const uint64_t flags = v & ~pfn_mask, change = lane_wrprotect(l, v) - v, extent_pfn = l->extent_pfn;
+    const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
+    const V lanes = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT)), next = LANE(set)(LANES << LANE_PFN_SHIFT);
+    const uint64_t *const words = l->words + l->extent_at;
+    const size_t fetch = l->prefetch && ahead > LANE_AHEAD_LARGE ? ahead - LANE_AHEAD_LARGE : 0;
+    size_t i = 0, k;
+    for (; i + pages <= n; i += pages) {
+        const uint64_t place = src[i] & pfn_mask, at = (place >> LANE_PFN_SHIFT) - extent_pfn, head = place | flags;
+        V same = LANE(add)(LANE(set)(head), lanes), differ = LANE(set)(0);
+        uint64_t other = 0;
+        if (at >= room || (place >> LANE_PFN_SHIFT & (pages - 1)) | ((words[at] ^ w) & sized))
+            break;
+        if (i < fetch) {
+            const uint64_t far = ((src[i + LANE_AHEAD_LARGE] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+            LANE_PREFETCH_READ((const void *)((uintptr_t)words + far * sizeof(uint64_t)));
+        }
+        for (k = 0; k + LANES <= pages; k += LANES) {
+            differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k), same));
+            same = LANE(add)(same, next);
+        }
+        for (; k < pages; k++)
+            other |= src[i + k] ^ (head + (k << LANE_PFN_SHIFT));
+        if (other || LANE(nonzero)(differ))
+            break;
+        same = LANE(add)(LANE(set)(head + change), lanes);
+        for (k = 0; k + LANES <= pages; k += LANES) {
+            LANE(store)(src + i + k, same);
+            same = LANE(add)(same, next);
+        }
+        for (; k < pages; k++)
+            src[i + k] = head + change + (k << LANE_PFN_SHIFT);
+    }
+    return i;
+}
+
 /* Write-protection of the front of n slots, as lane_run goes through them; returns how many. */
 LANE_TARGET static size_t LANE(lane_protect_run)(struct lane *l, uint64_t *src, size_t n, size_t left, size_t ahead)
 {
@@ -648,7 +988,7 @@ LANE_TARGET static size_t LANE(lane_protect_run)(struct lane *l, uint64_t *src, 
     uint64_t *const words = l->words + l->extent_at;
     size_t i = 0, done, k;
     for (; i < n; i += done) {
-        uint64_t v = src[i], w, pfn, step, flags, change;
+        uint64_t v = src[i], w, pfn, step;
         size_t page, nr_pages, limit, nr, from = i;
         int any = 0;
         if (!left)
@@ -709,36 +1049,20 @@ LANE_TARGET static size_t LANE(lane_protect_run)(struct lane *l, uint64_t *src, 
             l->wrprotects += any;
             l->wrprotected += any ? (int64_t)done : 0;
             /* Whole folios of that size behind it whose entries are all alike and like its first. */
-            flags = v & ~l->pfn_mask;
-            change = lane_wrprotect(l, v) - v;
             if (done == nr_pages && !(left & (nr_pages - 1)) && v & l->write && v & l->valid) {
-                const size_t room = l->extent_len < nr_pages ? 0 : l->extent_len - nr_pages + 1;
-                const V lanes = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT)), next = LANE(set)(LANES << LANE_PFN_SHIFT);
-                for (i += done; i + nr_pages <= n; i += nr_pages) {
-                    const uint64_t head = src[i], at = ((head & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn;
-                    V same = LANE(add)(LANE(set)(head), lanes), differ = LANE(set)(0);
-                    uint64_t other = 0;
-                    if (at >= room || head >> LANE_PFN_SHIFT & (nr_pages - 1) || (head & ~l->pfn_mask) != flags
-                        || (words[at] ^ w) & sized)
-                        break;
-                    if (l->prefetch && i + LANE_AHEAD_LARGE < ahead)
-                        LANE_PREFETCH_AT(words, ((src[i + LANE_AHEAD_LARGE] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn);
-                    for (k = 0; k + LANES <= nr_pages; k += LANES) {
-                        lane_stream(src + i + k, LANES);
-                        differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k), same));
-                        same = LANE(add)(same, next);
-                    }
-                    for (; k < nr_pages; k++)
-                        other |= src[i + k] ^ (head + k * step);
-                    if (other || LANE(nonzero)(differ))
-                        break;
-                    same = LANE(add)(LANE(set)(head + change), lanes);
-                    for (k = 0; k + LANES <= nr_pages; k += LANES) {
-                        LANE(store)(src + i + k, same);
-                        same = LANE(add)(same, next);
-                    }
-                    for (; k < nr_pages; k++)
-                        src[i + k] = head + change + k * step;
+                i += done;
+                switch (nr_pages) {
+                case 4:
+                    i += LANE4(lane_protect_alike)(l, src + i, n - i, ahead - i, v, w, 4);
+                    break;
+                case 8:
+                    i += LANE(lane_protect_alike)(l, src + i, n - i, ahead - i, v, w, 8);
+                    break;
+                case 16:
+                    i += LANE(lane_protect_alike)(l, src + i, n - i, ahead - i, v, w, 16);
+                    break;
+                default:
+                    i += LANE(lane_protect_alike)(l, src + i, n - i, ahead - i, v, w, nr_pages);
                 }
                 nr = (i - from) / nr_pages - 1;
                 l->hist[nr_pages] += (int64_t)nr;

@@ -416,10 +416,11 @@ def limit_tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
     return tables
 
 
-LEAST = ("x_core", "speedup")
+LEAST = ("x_core", "x_core_call", "speedup")
 """Ratios that must be that much at least; all others at most."""
 LIMIT_RATIOS = (
     ("peers as a multiple of the batched core", "x core", "peer", ("x_core",)),
+    ("the same of whole calls, with the Python around both", "x call", "peer", ("x_core_call",)),
     ("order 0, batched as a multiple of single", "x single", "", ("x_single",)),
     ("lower SIMD levels", "ratio", "level", ("x_avx512", "x_c")),
     ("two threads: how many times as fast as one", "times", "", ("speedup",)),

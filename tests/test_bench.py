@@ -140,7 +140,8 @@ def test_limit_rows_have_their_targets(monkeypatch):
     assert targets["core", 4, "batched"] == (3, 2.2)
     by = {(row["source"], row["order"], row["path"]): row for row in plain}
     naive, core = by["naive", 4, "single"], by["core", 4, "batched"]
-    assert naive["x_core"] == pytest.approx(naive["ns_per_pte"] / core["call_ns_per_pte"])
+    assert naive["x_core"] == pytest.approx(naive["ns_per_pte"] / core["ns_per_pte"])
+    assert naive["x_core_call"] == pytest.approx(naive["call_ns_per_pte"] / core["call_ns_per_pte"])
     assert naive["must_x_core"] is None  # has one at 1 GiB only
     assert [step for step, _ in seen] == list(range(1, len(seen) + 1))
     assert {total for _, total in seen} == {len(seen)}

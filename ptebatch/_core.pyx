@@ -64,7 +64,7 @@ cdef extern from "_lane.h" nogil:
         uint64_t none_value, none_ignore, present, valid, special, pfn_mask, write, writable, inverted
         lane_change wrprotect, mkwrite, norm
         uint64_t child_keep, child_set
-        int level, cow, clamp, prefetch, batching, bypass
+        int level, cow, clamp, prefetch, batching, far, bypass
         size_t ptrs
         uint64_t *words
         uint64_t *aux
@@ -1704,9 +1704,10 @@ cdef swap_map view_swap(const uint64_t[::1] slots, int64_t[::1] counts) except *
 
 
 cdef int lane_memmap(lane *F, const memmap *M, const uint64_t[::1] fast) except -1:
-    """The level and what the memmap is like; the extent comes from outside and is cut to the storage. Last is from how
-    many slots on the child's entries are written past the cache, which only copying asks."""
-    if fast.shape[0] != 5 or fast[0] > LANE_AVX512 or not lane_supported(fast[0]):
+    """The level and what the memmap is like; the extent comes from outside and is cut to the storage. Last are from how
+    many words on they are far away, and from how many slots on the child's entries are written past the cache, which
+    only copying asks."""
+    if fast.shape[0] != 6 or fast[0] > LANE_AVX512 or not lane_supported(fast[0]):
         raise ValueError("no such SIMD level here")
     memset(F, 0, sizeof(F[0]))
     F.level = fast[0]
@@ -1722,6 +1723,7 @@ cdef int lane_memmap(lane *F, const memmap *M, const uint64_t[::1] fast) except 
     if fast[3] <= F.nr_words:
         F.extent_len = min(<size_t>fast[2], F.nr_words - <size_t>fast[3])
     F.prefetch = F.nr_words >= PREFETCH_WORDS
+    F.far = F.nr_words >= fast[4]
     return 0
 
 
@@ -1986,7 +1988,7 @@ def py_copy_page_range(uint64_t[:, ::1] dst not None, uint64_t[:, ::1] src not N
     W.rss = &rss[0]
     W.fast = &F
     F.ptrs = ptrs
-    F.bypass = <uint64_t>(nr_rows * ptrs) >= fast[4]
+    F.bypass = <uint64_t>(nr_rows * ptrs) >= fast[5]
     W.end = 0
     if nr_rows:
         W.end = (src_row + nr_rows - 1) * ptrs + min(ptrs, end - vpns[src_row + nr_rows - 1])

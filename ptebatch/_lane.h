@@ -57,11 +57,13 @@
 #define LANE_INLINE static inline __attribute__((always_inline))
 #define LANE_PREFETCH(p) __builtin_prefetch((p), 1)
 #define LANE_PREFETCH_READ(p) __builtin_prefetch((p), 0)
+#define LANE_PREFETCH_NEXT(p) __builtin_prefetch((p), 0, 2) /* not into the first cache */
 #define LANE_LIKELY(x) __builtin_expect(!!(x), 1)
 #else
 #define LANE_INLINE static inline
 #define LANE_PREFETCH(p) ((void)(p))
 #define LANE_PREFETCH_READ(p) ((void)(p))
+#define LANE_PREFETCH_NEXT(p) ((void)(p))
 #define LANE_LIKELY(x) (x)
 #endif
 
@@ -113,24 +115,28 @@ enum { LANE_PFN_SHIFT = 12 }; /* of entries; lane_entries in _core.pyx keeps out
 #define LANE_HALF_AUX LANE_BIT(AUX_COUNT_BITS_ - 1)
 #define LANE_COUNTER ((LANE_BIT(COUNTER_BITS_) - 1) << COUNTER_SHIFT_)
 /* Where the index may be out of range: an address, not an element. */
-#define LANE_PREFETCH_AT(array, index) LANE_PREFETCH((const void *)((uintptr_t)(array) + (index) * sizeof(uint64_t)))
+#define LANE_ADDRESS(array, index) ((const void *)((uintptr_t)(array) + (index) * sizeof(uint64_t)))
+#define LANE_PREFETCH_AT(array, index) LANE_PREFETCH(LANE_ADDRESS(array, index))
+#define LANE_PREFETCH_L2(array, index) LANE_PREFETCH_NEXT(LANE_ADDRESS(array, index))
 
 /* How many entries ahead the words of pages are fetched: of small and of large folios; and where it is all too much for the
- * cache, and they come from memory. */
+ * cache, and they come from memory. A CPU can wait for more lines on their way to its second cache than to its first: so they
+ * are fetched in two steps then, unless a folio has many lines, one behind the other, which it fetches by itself. */
 enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_LARGE = 256, LANE_AHEAD_SMALL_FAR = 128, LANE_AHEAD_LARGE_FAR = 512 };
+enum { LANE_NEAR_SMALL = 16, LANE_NEAR_LARGE = 32 };     /* the second step */
 enum { LANE_AHEAD_STREAM = 64, LANE_LINE = 8 };          /* of the tables themselves; entries in a cache line */
 enum { LANE_STREAMS = 4, LANE_LONG = 1024 };             /* of the read-only pass, and from how many entries in each */
 enum { LANE_SHORT = 32, LANE_SHORT_RUNS = 4 }; /* entries that are a short run; after so many of them lane_quads is tried */
 enum { LANE_WHOLE = 16, LANE_ORDERS = 10 };    /* most pages of a folio that is held in registers; orders of a table's */
 
-LANE_INLINE size_t lane_ahead(int bypass)
+LANE_INLINE size_t lane_ahead(int far)
 {
-    return bypass ? LANE_AHEAD_SMALL_FAR : LANE_AHEAD_SMALL;
+    return far ? LANE_AHEAD_SMALL_FAR : LANE_AHEAD_SMALL;
 }
 
-LANE_INLINE size_t lane_ahead_large(int bypass)
+LANE_INLINE size_t lane_ahead_large(int far)
 {
-    return bypass ? LANE_AHEAD_LARGE_FAR : LANE_AHEAD_LARGE;
+    return far ? LANE_AHEAD_LARGE_FAR : LANE_AHEAD_LARGE;
 }
 
 /* n entries (constant where inlined) are about to be worked on: fetch those a while behind them. */
@@ -247,6 +253,7 @@ struct lane {
     struct lane_change wrprotect, mkwrite, norm; /* the last is the normaliser of folio_pte_batch() */
     uint64_t child_keep, child_set;              /* of the child's entry, once it is write-protected where it has to be */
     int level, cow, clamp, prefetch, batching;
+    int far;    /* whether words come from memory, or a cache that is far away */
     int bypass; /* whether the child's entries are more than a cache holds: then they are written past it */
     size_t ptrs; /* entries of a table */
     /* the memmap */

@@ -152,8 +152,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
     const uint64_t ae = w >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0, kind = w & (LANE_KIND | ae);
     const uint64_t mask = l->small_mask | LANE_KIND | ae, value = l->small_value | kind;
     const uint64_t delta = LANE_ONE_MAPPING - (kind & ae), pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
-    const size_t far = lane_ahead(l->bypass);
-    const int cow = l->cow, prefetch = l->prefetch;
+    const size_t distance = lane_ahead(l->far);
+    const int cow = l->cow, prefetch = l->prefetch, far = l->far;
     uint64_t at[LANES];
     size_t i = 0;
     int k = 0;
@@ -166,9 +166,13 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
         if (LANE(nonzero)(bad))
             break;
         LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
-        if (prefetch && i + far + LANES <= ahead)
+        if (prefetch && i + distance + LANES <= ahead)
             for (k = 0; k < LANES; k++) {
-                uint64_t next = ((src[i + far + (size_t)k] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+                uint64_t next = ((src[i + distance + (size_t)k] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+                if (far) {
+                    LANE_PREFETCH_L2(words, next);
+                    next = ((src[i + LANE_NEAR_SMALL + (size_t)k] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+                }
                 LANE_PREFETCH_AT(words, next);
             }
         for (k = 0; k < LANES; k++) {
@@ -181,7 +185,11 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
             break;
         if (cow)
             v = LANE(lane_protect)(l, src + i, v);
+#if X & 4
+        LANE(put)(LANE(may_bypass)(l, dst), dst + i, LANE(lane_to_child)(l, v));
+#else
         LANE(store)(dst + i, LANE(lane_to_child)(l, v));
+#endif
         k = 0;
     }
     /* The last group stopped at page k of another kind: the entries before it, whose pages are done. */
@@ -291,7 +299,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
     const int slots = l->mm_id && pages < 4, prefetch = l->prefetch, bypass = LANE(may_bypass)(l, dst); /* slots in aux */
     uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at;
     V ramp[MOST];
-    const size_t far = lane_ahead_large(l->bypass);
+    const size_t distance = lane_ahead_large(l->far);
     size_t i = 0, k;
     for (k = 0; k < pages / LANES; k++)
         ramp[k] = LANE(ramp)(k * LANES * step, step);
@@ -322,8 +330,16 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
                 break;
             if (slots && ((aux[at] ^ t->aux[0]) | (aux[at + 1] ^ t->aux[1])))
                 break;
-            if (prefetch && i + far + 16 <= ahead) {
-                uint64_t next = (((src[i + far] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+            if (prefetch && i + distance + 16 <= ahead) {
+                uint64_t next = (((src[i + distance] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+                if (l->far) {
+                    LANE_PREFETCH_L2(words, next);
+                    if (pages == 16)
+                        LANE_PREFETCH_L2(words, next + LANE_LINE);
+                    if (slots)
+                        LANE_PREFETCH_L2(aux, next);
+                    next = (((src[i + LANE_NEAR_LARGE] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+                }
                 LANE_PREFETCH_AT(words, next);
                 if (pages == 16)
                     LANE_PREFETCH_AT(words, next + LANE_LINE);
@@ -450,7 +466,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
     const int prefetch = l->prefetch;
     uint64_t counts[LANES];
     V same = LANE(ramp)(v, step), exclusive = LANE(set)(0), seen = LANE(set)(like);
-    const size_t far = lane_ahead_large(l->bypass);
+    const size_t distance = lane_ahead_large(l->far);
     size_t k = 0, lane, nr_usual = 0, j;
     if (prefetch && n < ahead)
         LANE_PREFETCH_AT(l->aux, ((src[n] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent);
@@ -460,8 +476,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
             V differ = LANE(set)(0), many[MANY];
             lane_stream(src + k, MANY * LANES);
             lane_stream(dst + k, MANY * LANES);
-            if (prefetch && k + far < ahead) {
-                uint64_t at = ((src[k + far] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent;
+            if (prefetch && k + distance < ahead) {
+                uint64_t at = ((src[k + distance] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent;
                 for (j = 0; j < MANY * LANES; j += LANE_LINE)
                     LANE_PREFETCH_AT(l->words, at + j);
             }
@@ -524,7 +540,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_alike)(struct lane *l, uint64_t *src, u
     const int mm_id = l->mm_id, prefetch = l->prefetch, bypass = LANE(may_bypass)(l, dst);
     const V next = LANE(set)(step * LANES), ramp = LANE(ramp)(0, step);
     uint64_t *const all = l->words + l->extent_at, *const aux = l->aux + l->extent_at;
-    const size_t far = lane_ahead_large(l->bypass);
+    const size_t distance = lane_ahead_large(l->far);
     size_t i = 0, k, j;
     for (; i + pages <= n; i += pages) {
         const uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn;
@@ -549,8 +565,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_alike)(struct lane *l, uint64_t *src, u
             V differ = LANE(set)(0), many[MANY];
             if (bypass)
                 lane_stream(src + i + k, MANY * LANES);
-            if (prefetch && i + k + far < ahead) {
-                uint64_t words_far = (((src[i + k + far] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+            if (prefetch && i + k + distance < ahead) {
+                uint64_t words_far = (((src[i + k + distance] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
                 for (j = 0; j < MANY * LANES; j += LANE_LINE)
                     LANE_PREFETCH_AT(all, words_far + j);
             }
@@ -708,8 +724,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
 }
 
 #if LANES == 4
-/* Fetch the words of the pages that LANES entries map. */
-LANE_TARGET LANE_INLINE void LANE(lane_fetch)(const struct lane *l, const uint64_t *src)
+/* Fetch the words of the pages that LANES entries map, or only from memory. */
+LANE_TARGET LANE_INLINE void LANE(lane_fetch)(const struct lane *l, const uint64_t *src, int near)
 {
     const uint64_t first = (uintptr_t)(l->words + l->extent_at) - l->extent_pfn * sizeof(uint64_t);
     const V places = LANE(shr)(LANE(and)(LANE(load)(src), LANE(set)(l->pfn_mask)), LANE_PFN_SHIFT - 3);
@@ -717,7 +733,10 @@ LANE_TARGET LANE_INLINE void LANE(lane_fetch)(const struct lane *l, const uint64
     size_t k;
     LANE(store)(at, LANE(add)(places, LANE(set)(first)));
     for (k = 0; k < LANES; k++)
-        LANE_PREFETCH((const void *)at[k]);
+        if (near)
+            LANE_PREFETCH((const void *)at[k]);
+        else
+            LANE_PREFETCH_L2(at[k], 0);
 }
 
 /* Small folios and folios of 4, 8 or 16 pages that take turns, from the front of n entries. Four entries, and what is behind
@@ -731,14 +750,14 @@ LANE_TARGET static size_t LANE(lane_quads)(struct lane *shared, uint64_t *src, u
     struct lane_like (*const likes)[2] = l->likes;
     uint64_t *const words = l->words + l->extent_at;
     const V ramp = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT));
-    const size_t far = l->bypass ? LANE_AHEAD_LARGE : LANE_AHEAD_SMALL;
-    const size_t fetch = l->prefetch && ahead > far + 16 ? ahead - far - 16 : 0;
-    const int bypass = LANE(may_bypass)(l, dst);
+    const size_t distance = l->far ? LANE_AHEAD_LARGE : LANE_AHEAD_SMALL;
+    const size_t fetch = l->prefetch && ahead > distance + 16 ? ahead - distance - 16 : 0;
+    const int far = l->far, bypass = LANE(may_bypass)(l, dst);
     int64_t reads = 0;
     size_t i = 0, k, pages;
-    if (l->bypass && far < fetch)
-        for (k = fetched & ~(size_t)(LANES - 1); k < far; k += LANES)
-            LANE(lane_fetch)(l, src + k);
+    if (far && distance < fetch)
+        for (k = fetched & ~(size_t)(LANES - 1); k < distance; k += LANES)
+            LANE(lane_fetch)(l, src + k, 0);
     for (; i + 16 <= n; i += LANES) { /* advanced by constants: the next entries do not wait for what these are */
         V bad, entries = LANE(load)(src + i), place = LANE(lane_extent)(l, entries, &bad), differ;
         const uint64_t head = src[i], flags = head & ~pfn_mask;
@@ -747,8 +766,11 @@ LANE_TARGET static size_t LANE(lane_quads)(struct lane *shared, uint64_t *src, u
         unsigned order;
         size_t more = 0;
         LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
-        if (i < fetch)
-            LANE(lane_fetch)(l, src + i + far);
+        if (i < fetch) {
+            LANE(lane_fetch)(l, src + i + distance, !far);
+            if (far)
+                LANE(lane_fetch)(l, src + i + LANE_NEAR_SMALL, 1);
+        }
         if (LANE(nonzero)(bad))
             break;
         w = words[at[0]];
@@ -779,8 +801,11 @@ LANE_TARGET static size_t LANE(lane_quads)(struct lane *shared, uint64_t *src, u
                     LANE(store)(src + i + k, LANE(add)(cur, LANE(set)(t->protect)));
                 LANE(put)(bypass, dst + i + k, LANE(add)(cur, LANE(set)(t->child)));
                 LANE(store)(words + at[0] + k, LANE(load)(t->after + k));
-                if (i < fetch)
-                    LANE(lane_fetch)(l, src + i + k + far);
+                if (i < fetch) {
+                    LANE(lane_fetch)(l, src + i + k + distance, !far);
+                    if (far)
+                        LANE(lane_fetch)(l, src + i + k + LANE_NEAR_SMALL, 1);
+                }
             }
         }
         for (k = 0; k < LANES; k++)
@@ -804,7 +829,7 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
 {
     struct lane local = *shared, *l = &local; /* a copy that no store into an array can change: it stays in registers */
     uint64_t *const words = l->words + l->extent_at;
-    const size_t far = lane_ahead(l->bypass);
+    const size_t distance = lane_ahead(l->far);
     size_t i = 0, page, done, fetched = 0;
     int short_runs = 0; /* in a row; below zero: how many more without a try of lane_quads */
     for (; i < n; i += done) {
@@ -859,8 +884,8 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
         if (!done)
             break;
         short_runs += done < LANE_SHORT ? 1 : short_runs > 0 ? -1 : 0;
-        if (l->bypass && short_runs && done < LANE_SHORT) {
-            const size_t from = i + done, until = from + far < ahead ? from + far : ahead;
+        if (l->far && short_runs && done < LANE_SHORT) {
+            const size_t from = i + done, until = from + distance < ahead ? from + distance : ahead;
             for (fetched = fetched < from ? from : fetched; fetched < until; fetched++)
                 LANE_PREFETCH_AT(words, ((src[fetched] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn);
         }
@@ -950,7 +975,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_protect_alike)(struct lane *l, uint64_t
     const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
     const V lanes = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT)), next = LANE(set)(LANES << LANE_PFN_SHIFT);
     const uint64_t *const words = l->words + l->extent_at;
-    const size_t fetch = l->prefetch && ahead > LANE_AHEAD_LARGE ? ahead - LANE_AHEAD_LARGE : 0;
+    const size_t distance = lane_ahead_large(l->far), fetch = l->prefetch && ahead > distance ? ahead - distance : 0;
     size_t i = 0, k;
     for (; i + pages <= n; i += pages) {
         const uint64_t place = src[i] & pfn_mask, at = (place >> LANE_PFN_SHIFT) - extent_pfn, head = place | flags;
@@ -959,8 +984,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_protect_alike)(struct lane *l, uint64_t
         if (at >= room || (place >> LANE_PFN_SHIFT & (pages - 1)) | ((words[at] ^ w) & sized))
             break;
         if (i < fetch) {
-            const uint64_t far = ((src[i + LANE_AHEAD_LARGE] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
-            LANE_PREFETCH_READ((const void *)((uintptr_t)words + far * sizeof(uint64_t)));
+            const uint64_t next = ((src[i + distance] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+            LANE_PREFETCH_READ(LANE_ADDRESS(words, next));
         }
         for (k = 0; k + LANES <= pages; k += LANES) {
             differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k), same));
@@ -986,6 +1011,7 @@ LANE_TARGET static size_t LANE(lane_protect_run)(struct lane *l, uint64_t *src, 
 {
     const uint64_t sized = LANE_BIT(VALID_BIT_) | (LANE_BIT(ORDER_BITS_) - 1) << ORDER_SHIFT_;
     uint64_t *const words = l->words + l->extent_at;
+    const size_t distance = lane_ahead(l->far);
     size_t i = 0, done, k;
     for (; i < n; i += done) {
         uint64_t v = src[i], w, pfn, step;
@@ -1023,9 +1049,9 @@ LANE_TARGET static size_t LANE(lane_protect_run)(struct lane *l, uint64_t *src, 
                 if (!LANE(nonzero)(bad)) {
                     for (k = 0; l->batching && k < LANES; k++)
                         small &= (words[at[k]] & sized) == LANE_BIT(VALID_BIT_);
-                    if (l->prefetch && l->batching && i + LANE_AHEAD_SMALL + LANES <= ahead)
+                    if (l->prefetch && l->batching && i + distance + LANES <= ahead)
                         for (k = 0; k < LANES; k++)
-                            LANE_PREFETCH_AT(words, ((src[i + LANE_AHEAD_SMALL + k] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn);
+                            LANE_PREFETCH_AT(words, ((src[i + distance + k] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn);
                     done = small ? LANES : 1;
                 }
             }

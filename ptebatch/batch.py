@@ -83,6 +83,8 @@ _NO_FOLIOS = FolioTable()
 MIN_POOL = 64
 THREAD_SLOTS = 1 << 19
 """Slots of page tables for each thread: with fewer, it takes longer to start it than it saves."""
+FAR_WORDS = 1 << 19
+"""Words of the memmap (4 MiB of them) from which on most are not in a cache near the CPU."""
 BYPASS_SLOTS = 1 << 22
 """Slots of the child's page tables (32 MiB of them) in one VMA from which on the cache would not hold them anyway."""
 _NO_MARKS = np.empty((0, 0), dtype=np.uint64)
@@ -163,7 +165,7 @@ def _memmap(folios: FolioTable) -> tuple[U64, U64, npt.NDArray[np.int32], npt.ND
 
 def _fast(folios: FolioTable) -> U64:
     """What the fast lane has to know besides layout and rules, in the order `_core.lane_memmap` reads it."""
-    return np.array([simd_level, *folios.extent(), BYPASS_SLOTS], dtype=np.uint64)
+    return np.array([simd_level, *folios.extent(), FAR_WORDS, BYPASS_SLOTS], dtype=np.uint64)
 
 
 def _raise(code: int, layout: PteLayout, entry: int, address: int | None, pfn: int) -> NoReturn:

@@ -213,8 +213,6 @@ class ForkPlan:
         self.batching = resolve_batching(semantics, batching)
         self.impl, self.impl_name = resolve_impl(impl), impl
         self.pfn_without_page: Literal["error", "as_kernel"] = pfn_without_page
-        self._saved = copy_state(mm) if keep else None
-
         need = arch.unmet(mm.layout, semantics.switches)
         if need:
             raise SemanticsError(f"{mm.layout.name} entries need {', '.join(need)}: other kernels write them otherwise")
@@ -222,6 +220,7 @@ class ForkPlan:
         self._vmas: list[tuple[Vma, ForkContext | None]] = []  # the child's, and how to copy those that are copied
         self._skipped = 0
         mm_id = mm.folios.new_mm_id()
+        self._saved = copy_state(mm) if keep else None  # of which the child's id is part: it is not given twice
         rows = np.zeros(len(mm.vpns), dtype=bool)
         leaf = np.zeros(len(mm.pmd_vpns), dtype=bool)
         for src_vma in mm.vmas:

@@ -408,16 +408,16 @@ def test_every_case_of_the_benchmarks_is_right():
 
 
 # --- measure ----------------------------------------------------------------------------------------------------------
-def fake(name: str, log: list[tuple[str, str]]) -> bench.Case:
+def fake(name: str, log: list[tuple[str, str]], ptes: int = 4) -> bench.Case:
     def step(what: str):
         return lambda *result: log.append((name, what))
 
-    return bench.Case({"source": name, "path": "single"}, 4, step("reset"), step("run"), step("check"))
+    return bench.Case({"source": name, "path": "single"}, ptes, step("reset"), step("run"), step("check"))
 
 
 def test_every_run_is_fresh_results_are_checked_once_and_cases_take_turns():
     log: list[tuple[str, str]] = []
-    cases = [fake(name, log) for name in "abc"]
+    cases = [fake(name, log, bench.RESETS_PTES + 1) for name in "abc"]
     rounds: list[int] = []
     bench.measure(cases, 3, lambda: rounds.append(len(log)))
     assert [what for _, what in log[:9]] == ["reset", "run", "check"] * 3
@@ -427,6 +427,13 @@ def test_every_run_is_fresh_results_are_checked_once_and_cases_take_turns():
     assert [name for name, what in log[9:] if what == "run"] == ["a", "b", "c", "b", "a", "c", "c", "a", "b"]
     assert len(rounds) == 4
     assert [len(case.times_ns) for case in cases] == [3, 3, 3]
+
+def test_a_small_case_is_reset_until_the_cache_keeps_it():
+    log: list[tuple[str, str]] = []
+    bench.measure([fake("small", log, bench.RESETS_PTES)], 2)
+    resets = ["reset"] * bench.RESETS
+    assert [what for _, what in log] == [*resets, "run", "check", *resets, "run", *resets, "run"]
+
 
 
 def test_rows_keep_the_fastest_limit_and_take_medians():

@@ -284,6 +284,15 @@ def test_a_plan_can_be_run_again_after_a_split(impl_name):
     assert after[0] == after[1]
 
 
+def test_the_id_of_a_child_is_not_given_again_when_its_plan_is_reset(impl_name):
+    mm = workload.make(size="1MiB", folio="64KiB")
+    first = ForkPlan(mm, semantics=V6_18, impl=impl_name, keep=True)
+    first.run()
+    first.reset()
+    second = ForkPlan(mm, semantics=V6_18, impl=impl_name)
+    assert len({mm.mm_id, first.child.mm_id, second.child.mm_id}) == 3
+
+
 def test_every_vma_is_reported_with_its_own_counts(impl_name):
     mm = workload.make(size="12MiB", folio="4KiB+2MiB", pmd=1, swap=0.1, vmas=2)
     seen = []

@@ -213,19 +213,19 @@ def forked(mm: Mm, semantics: KernelSemantics, batching: bool, times: int = 1, s
 
 
 def check(mm: Mm, run: Run, expected: State | None = None, *, what: str = "", times: int = 1, **how) -> None:
-    """The core leaves what the reference leaves, wherever the child's entries are written."""
+    """The core leaves what the reference leaves, wherever words come from and the child's entries are written."""
     if expected is None:
         expected = forked(mm, *run, times=times, impl="reference")
     wrong = forked(mm, *run, times=times, **how).differs(expected)
     assert not wrong, f"{what}: {wrong}"
-    before = batch.BYPASS_SLOTS
-    batch.BYPASS_SLOTS = 0
+    before = batch.FAR_WORDS, batch.BYPASS_SLOTS
+    batch.FAR_WORDS = batch.BYPASS_SLOTS = 0
     try:
         for shift in (0, 4, random.Random(len(mm.entries)).choice((1, 2, 3, 5, 6, 7))):
             wrong = forked(mm, *run, times=times, shift=shift, **how).differs(expected)
             assert not wrong, f"{what}, past the cache, tables off by {shift}: {wrong}"
     finally:
-        batch.BYPASS_SLOTS = before
+        batch.FAR_WORDS, batch.BYPASS_SLOTS = before
 
 
 def protected(mm: Mm, semantics: KernelSemantics, batching: bool, cut: int, impl: str) -> State:

@@ -323,11 +323,11 @@ def test_level_is_checked():
     layout, memmap = batch._layout_words(mm.layout), batch._memmap(mm.folios)
     first = int(mm.vpns[0])
     rows = (mm.entries, mm.vpns, 0, 1, first, first + 512)
-    for fast in ([9, 0, 0, 0, 0], [1, 0, 0, 0]):
+    for fast in ([9, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0]):
         with pytest.raises(ValueError, match="SIMD level"):
             _core.py_check_range(*rows, layout, *memmap, False, 0, 0, np.array(fast, dtype=np.uint64), batch._NO_MARKS)
     # An extent that is a lie is cut to the storage, and what it says of pages is not believed when they are written.
-    lie = np.array([1, 0, 1 << 40, 0, 0], dtype=np.uint64)
+    lie = np.array([1, 0, 1 << 40, 0, 0, 0], dtype=np.uint64)
     code = _core.py_check_range(*rows, layout, *memmap, False, 0, 0, lie, batch._NO_MARKS)[0]
     assert code in (0, _core.RESULTS["E_NO_PAGE"])
 

@@ -17,9 +17,9 @@ SWP_KINDS: tuple[str, ...]
 RESULTS: dict[str, int]
 SIMD_LEVELS: dict[str, int]
 SIMD_SUPPORTED: tuple[str, ...]
-MARKS_HEAD: int
 MAX_THREADS: int
 
+def mark_words(nr_pages: int) -> int: ...
 def py_folio_pte_batch(
     table: U64,
     idx: int,

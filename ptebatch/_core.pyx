@@ -92,7 +92,8 @@ cdef extern from "_lane.h" nogil:
     size_t lane_run(lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left, size_t ahead)
     size_t lane_protect_run(lane *l, uint64_t *src, size_t n, size_t left, size_t ahead)
     size_t lane_check(const lane *l, const uint64_t *entries, size_t n)
-    enum: LANE_THREADS, LANE_MARKS
+    enum: LANE_THREADS
+    size_t lane_mark_words(uint64_t extent_len)
     struct lane_rest:
         size_t from_slot "from"
         size_t until
@@ -317,7 +318,6 @@ MEMMAP_CONSTANTS = {
     "SECTION_SHIFT": SECTION_SHIFT_, "TOP_SHIFT": TOP_SHIFT_,
 }
 SIMD_LEVELS = {"off": LANE_OFF, "scalar": LANE_SCALAR, "avx2": LANE_AVX2, "avx512": LANE_AVX512}
-MARKS_HEAD = LANE_MARKS
 MAX_THREADS = LANE_THREADS
 SIMD_SUPPORTED = tuple(name for name, level in SIMD_LEVELS.items() if lane_supported(level))
 RESULTS = {"E_NO_PAGE": E_NO_PAGE, "E_OVERFLOW": E_OVERFLOW, "E_UNSUPPORTED": E_UNSUPPORTED,
@@ -1820,9 +1820,14 @@ cdef inline bint near_limit(const walk *W) noexcept:
 
 
 cdef bint fits(const lane *F, const uint64_t[:, ::1] marks) noexcept:
-    """Whether there are marks of several threads, with a bit for each page of the extent."""
+    """Whether there are marks of several threads, for as many pages as the extent has."""
     return (1 < marks.shape[0] <= LANE_THREADS and F.extent_len != 0
-            and <size_t>marks.shape[1] == LANE_MARKS + (F.extent_len + 63) // 64)
+            and <size_t>marks.shape[1] == lane_mark_words(F.extent_len))
+
+
+def mark_words(uint64_t nr_pages):
+    """Words of a row of marks, of an extent of so many pages."""
+    return lane_mark_words(nr_pages)
 
 
 cdef int check_stats(int64_t[::1] stats, Py_ssize_t nr_slots) except -1:
@@ -2057,8 +2062,8 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
                    const uint64_t[::1] fast not None, uint64_t[:, ::1] marks not None):
     """(0 or E_ code, virtual page number, PFN) of the first entry that fork could not copy; the nanoseconds it took.
 
-    A thread for each row of marks: zeros that become how far it may copy (slots), where the extent begins, and a bit
-    for each of its pages.
+    A thread for each row of marks, of mark_words(), which becomes how far it may copy (slots), where the extent begins,
+    and what of it the thread maps.
     """
     cdef pte_layout L = read_layout(layout)
     cdef Py_ssize_t ret = 0, row, last, at = 0, stop, room, slots = table.shape[1]
@@ -2069,6 +2074,8 @@ def py_check_range(const uint64_t[:, ::1] table not None, const int64_t[::1] vpn
     cdef lane F
     lane_memmap(&F, &M, fast)
     threads = fits(&F, marks)
+    if marks.shape[1]:
+        marks[:, 0] = 0  # none may copy anything, unless lane_marks() says so
     if (first_row < 0 or nr_rows < 0 or first_row + nr_rows > table.shape[0] or vpns.shape[0] != table.shape[0]
             or nr_rows and end <= vpns[first_row + nr_rows - 1]):
         raise ValueError("rows out of range")

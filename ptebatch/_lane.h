@@ -275,8 +275,7 @@ struct lane {
     const uint64_t *slots;
     int64_t *slot_counts;
     size_t nr_slots, next_slot;
-    /* threads: for each of the others a bit for every page of the extent that it maps too */
-    const uint64_t *const *others;
+    const uint64_t *const *others; /* threads: the marks of each of the others */
     int nr_others;
     struct lane_like (*likes)[2]; /* by order: two kinds of folios may take turns */
     unsigned turns;                /* by order a bit: which of the two is to go */
@@ -410,21 +409,66 @@ LANE_INLINE int lane_large_ok(const struct lane *l, size_t head, uint64_t w)
     return !((s.slot[0] | s.slot[1]) & LANE_HALF_AUX);
 }
 
+/*
+ * What pages of the extent a thread maps: its marks, a row of LANE_MARKS words and then a bit for every quad (four pages
+ * from a multiple of four on) that four entries map one after the other, and a bit for every page that is mapped otherwise.
+ * Those of pages are four times as many: they are set up when the first is needed, which the row's third word says.
+ */
+enum { LANE_MARKS = 3, LANE_QUAD = 4, LANE_QUADS = 64 * LANE_QUAD /* pages of a word of quads */ };
+
+LANE_INLINE size_t lane_quad_words(uint64_t extent_len)
+{
+    return extent_len / LANE_QUADS + (extent_len % LANE_QUADS != 0);
+}
+
+static inline size_t lane_mark_words(uint64_t extent_len)
+{
+    return LANE_MARKS + (1 + LANE_QUAD) * lane_quad_words(extent_len);
+}
+
+/* The bits of the pages of 16 quads. */
+LANE_INLINE uint64_t lane_quad_pages(uint64_t quads)
+{
+    quads &= 0xffff;
+    quads = (quads | quads << 24) & 0x000000ff000000ff;
+    quads = (quads | quads << 12) & 0x000f000f000f000f;
+    quads = (quads | quads << 6) & 0x0303030303030303;
+    return ((quads | quads << 3) & 0x1111111111111111) * 15;
+}
+
+/* Set up the bits of pages. */
+static inline void lane_mark_pages(const struct lane *l, uint64_t *row)
+{
+    const size_t quad_words = lane_quad_words(l->extent_len);
+    memset(row + LANE_MARKS + quad_words, 0, LANE_QUAD * quad_words * sizeof(*row));
+    row[2] = 1;
+}
+
+LANE_INLINE int lane_any_bit(const uint64_t *bits, uint64_t first, uint64_t last)
+{
+    uint64_t at;
+    for (at = first / 64; at <= last / 64; at++) {
+        uint64_t some = bits[at];
+        some &= at == first / 64 ? ~(uint64_t)0 << first % 64 : ~(uint64_t)0;
+        some &= at == last / 64 ? ~(uint64_t)0 >> (63 - last % 64) : ~(uint64_t)0;
+        if (some)
+            return 1;
+    }
+    return 0;
+}
+
 /* Whether no other thread maps a page of the folio, one page of which is in the extent. */
 LANE_INLINE int lane_sole(const struct lane *l, uint64_t first_pfn, size_t nr_pages)
 {
     const uint64_t first = first_pfn > l->extent_pfn ? first_pfn - l->extent_pfn : 0;
     const uint64_t end = first_pfn + nr_pages - 1 - l->extent_pfn, last = end < l->extent_len ? end : l->extent_len - 1;
-    uint64_t at;
+    const size_t quad_words = lane_quad_words(l->extent_len);
     int k;
-    for (k = 0; k < l->nr_others; k++)
-        for (at = first / 64; at <= last / 64; at++) {
-            uint64_t bits = l->others[k][at];
-            bits &= at == first / 64 ? ~(uint64_t)0 << first % 64 : ~(uint64_t)0;
-            bits &= at == last / 64 ? ~(uint64_t)0 >> (63 - last % 64) : ~(uint64_t)0;
-            if (bits)
-                return 0;
-        }
+    for (k = 0; k < l->nr_others; k++) {
+        const uint64_t *row = l->others[k], *quads = row + LANE_MARKS;
+        if (lane_any_bit(quads, first / LANE_QUAD, last / LANE_QUAD) || (row[2] && lane_any_bit(quads + quad_words, first, last)))
+            return 0;
+    }
     return 1;
 }
 
@@ -590,6 +634,7 @@ LANE_INLINE void store_some_scalar(uint64_t *p, unsigned some, uint64_t v) { *p 
 LANE_INLINE int count_scalar(uint64_t a, uint64_t bit) { return (a & bit) != 0; }
 LANE_INLINE uint64_t choose_scalar(uint64_t x, uint64_t y, uint64_t a, uint64_t b) { return x == y ? a : b; }
 LANE_INLINE uint64_t fold_scalar(uint64_t a) { return a; }
+LANE_INLINE uint64_t apart_scalar(uint64_t a) { return a | 1; }
 #include "_lane_simd.h"
 #undef LANE
 #undef LANE4
@@ -646,6 +691,11 @@ LANE_TARGET LANE_INLINE uint64_t fold_avx2(__m256i a)
     __m128i b = _mm_or_si128(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     return (uint64_t)(_mm_extract_epi64(b, 0) | _mm_extract_epi64(b, 1));
 }
+LANE_TARGET LANE_INLINE __m256i apart_avx2(__m256i a)
+{
+    const __m256i ramp = ramp_avx2(0, LANE_BIT(LANE_PFN_SHIFT)), quad = _mm256_set1_epi64x(3 << LANE_PFN_SHIFT);
+    return _mm256_xor_si256(a, _mm256_or_si256(_mm256_andnot_si256(quad, _mm256_permute4x64_epi64(a, 0)), ramp));
+}
 #include "_lane_simd.h"
 #undef LANE
 #undef LANE4
@@ -688,6 +738,11 @@ LANE_TARGET LANE_INLINE int count_avx512(__m512i a, uint64_t bit)
     return __builtin_popcount(_mm512_test_epi64_mask(a, _mm512_set1_epi64((long long)bit)));
 }
 LANE_TARGET LANE_INLINE uint64_t fold_avx512(__m512i a) { return (uint64_t)_mm512_reduce_or_epi64(a); }
+LANE_TARGET LANE_INLINE __m512i apart_avx512(__m512i a)
+{
+    const __m512i quad = set_avx512(3 << LANE_PFN_SHIFT), ramp = and_avx512(ramp_avx512(0, LANE_BIT(LANE_PFN_SHIFT)), quad);
+    return xor_avx512(a, or_avx512(andnot_avx512(quad, _mm512_permutex_epi64(a, 0)), ramp));
+}
 #include "_lane_simd.h"
 #undef LANE
 #undef LANE4
@@ -753,7 +808,7 @@ static inline size_t lane_check(const struct lane *l, const uint64_t *entries, s
  * copy_present_ptes() when all threads are done. What batches of one folio share are counts: sums, for which the order makes
  * no difference, and none near its limit.
  */
-enum { LANE_THREADS = 64, LANE_RESTS = 1024, LANE_MARKS = 2 /* words of a row in front of the bits */ };
+enum { LANE_THREADS = 64, LANE_RESTS = 1024 };
 
 /* Slots that were passed over: all entries of a folio that follow each other, or the rest of a thread's. */
 struct lane_rest {
@@ -875,36 +930,49 @@ static inline void lane_shares(struct lane_share *shares, size_t nr, void *(*fun
     }
 }
 
+/* Nonzero if two of nr threads have marks for a page of the quads in word `at`: quads is the first one's, the others' are
+ * nr_words behind each other, and so far behind them are the bits of pages, if there are any. */
+LANE_INLINE uint64_t lane_twice(const uint64_t *quads, size_t nr, size_t nr_words, size_t at, size_t pages)
+{
+    uint64_t once = 0, twice = 0, mine;
+    size_t j, k;
+    for (k = 0; k < nr; k++) {
+        twice |= once & quads[k * nr_words + at];
+        once |= quads[k * nr_words + at];
+    }
+    for (j = 0; pages && j < LANE_QUAD; j++)
+        for (k = 0, once = 0; k < nr; k++) {
+            const uint64_t *row = quads + k * nr_words;
+            mine = lane_quad_pages(row[at] >> 16 * j) | (row[2 - LANE_MARKS] ? row[pages + LANE_QUAD * at + j] : 0);
+            twice |= once & mine;
+            once |= mine;
+        }
+    return twice;
+}
+
 /* The read-only pass over n slots by nr threads: how many from the front are none or map a page of the extent. Row k of
- * marks, of nr_words words, becomes what lane_threads needs: how far thread k may go, where the extent begins, and a bit for
- * each of its pages. */
+ * marks, of lane_mark_words(), becomes what lane_threads needs: how far thread k may go, where the extent begins, and its bits. */
 static inline size_t lane_marks(const struct lane *l, const uint64_t *src, size_t n, size_t left, uint64_t *marks, size_t nr,
                                 size_t nr_words)
 {
     struct lane_share *shares = calloc(nr, sizeof(*shares));
-    uint64_t twice = 0;
-    size_t done = 0, k, i, from, some;
+    const size_t quad_words = lane_quad_words(l->extent_len);
+    uint64_t twice = 0, paged = 0;
+    size_t done = 0, k, at;
     if (!shares)
         return 0;
     for (k = 0; k < nr; k++) {
         struct lane_share *s = shares + k;
         s->lane = *l;
         s->read = src;
-        s->marks = marks + k * nr_words + LANE_MARKS;
+        s->marks = marks + k * nr_words;
         lane_share_of(s, n, left, k, nr);
     }
     lane_shares(shares, nr, lane_share_mark);
-    for (from = LANE_MARKS; from < nr_words; from += some) {
-        uint64_t once[512] = { 0 };
-        some = nr_words - from < 512 ? nr_words - from : 512;
-        for (k = 0; k < nr; k++) {
-            const uint64_t *mine = marks + k * nr_words + from;
-            for (i = 0; i < some; i++) {
-                twice |= once[i] & mine[i];
-                once[i] |= mine[i];
-            }
-        }
-    }
+    for (k = 0; k < nr; k++)
+        paged |= marks[k * nr_words + 2];
+    for (at = 0; at < quad_words; at++)
+        twice |= lane_twice(marks + LANE_MARKS, nr, nr_words, at, paged ? quad_words : 0);
     for (k = 0; k < nr; k++) {
         struct lane_share *s = shares + k;
         const size_t marked = s->until, behind = done < s->from;
@@ -945,7 +1013,7 @@ static inline size_t lane_threads(struct lane *l, uint64_t *src, uint64_t *dst, 
         s->dst = dst;
         s->rests = *rests + k * LANE_RESTS;
         for (i = 0; i + 1 < nr; i++)
-            s->others[i] = marks + (i < k ? i : i + 1) * nr_words + LANE_MARKS;
+            s->others[i] = marks + (i < k ? i : i + 1) * nr_words;
         lane_share_of(s, n, left, k, nr);
         upto = marks[k * nr_words];
         s->until = done == s->from && upto >= s->from && upto <= s->until ? upto : s->from;

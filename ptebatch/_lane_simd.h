@@ -2,7 +2,8 @@
  * The lane's loops over entries, once for every SIMD level: _lane.h includes this file with LANE(name) giving a name its
  * level's suffix, LANE_TARGET the level's target attribute, LANES the entries in a vector, and the vector operations
  * load, store, stream (store past the cache), set (all lanes), ramp (first, first + step, ...), and, andnot (~a & b), or, xor, add, sub, shr,
- * nonzero (any lane), count (lanes that have a bit), choose (x == y ? a : b in each lane), fold (OR of all lanes).
+ * nonzero (any lane), count (lanes that have a bit), choose (x == y ? a : b in each lane), fold (OR of all lanes), apart
+ * (nonzero unless every four lanes are places of the pages of a quad; of one lane, which says nothing, nonzero).
  */
 #define V LANE(vec)
 
@@ -897,59 +898,66 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
     return i;
 }
 
-/* Set the bits of the pages that 2 * LANES entries map; nonzero, and none or not all set, if one maps none of the extent. */
-LANE_TARGET LANE_INLINE int LANE(lane_mark_pages)(const struct lane *l, const uint64_t *src, uint64_t *pages)
+/* Mark what MARK entries map; nonzero, with no or not all marks made, if one maps no page of the extent. */
+LANE_TARGET LANE_INLINE int LANE(lane_mark_some)(const struct lane *l, const uint64_t *src, uint64_t *row)
 {
-    const V first = LANE(load)(src), second = LANE(load)(src + LANES), ramp = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT));
-    const V same = LANE(add)(LANE(set)(src[0]), ramp), next = LANE(set)((uint64_t)LANES << LANE_PFN_SHIFT);
-    const V differ = LANE(or)(LANE(xor)(first, same), LANE(xor)(second, LANE(add)(same, next)));
-    const uint64_t rel = ((src[0] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn;
-    uint64_t at[2 * LANES];
-    V bad, place;
+    enum { MARK = LANES > 1 ? 2 * LANES : LANE_QUAD };
+    const uint64_t first = src[0], rel = ((first & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn;
+    uint64_t *const quads = row + LANE_MARKS, *const pages = quads + lane_quad_words(l->extent_len);
+    uint64_t at[MARK];
+    V bad, differ = LANE(set)(0), apart = LANE(set)(0);
     size_t k;
-    lane_stream(src, 2 * LANES);
-    if (!LANE(nonzero)(differ) && src[0] & l->valid && !(src[0] & l->special) && rel < l->extent_len
-        && 2 * LANES <= l->extent_len - rel && rel % 64 <= 64 - 2 * LANES) {
-        pages[rel / 64] |= (LANE_BIT(2 * LANES) - 1) << rel % 64;
+    lane_stream(src, MARK);
+    for (k = 0; k < MARK; k += LANES) {
+        const V ramp = LANE(ramp)(k << LANE_PFN_SHIFT, LANE_BIT(LANE_PFN_SHIFT));
+        differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + k), LANE(add)(LANE(set)(first), ramp)));
+    }
+    if (!LANE(nonzero)(differ) && first & l->valid && !(first & l->special) && rel < l->extent_len
+        && MARK <= l->extent_len - rel && !(rel % LANE_QUAD) && rel % LANE_QUADS <= LANE_QUADS - MARK) {
+        quads[rel / LANE_QUADS] |= (LANE_BIT(MARK / LANE_QUAD) - 1) << rel / LANE_QUAD % 64;
         return 0;
     }
-    for (k = 0; k < 2; k++) {
-        place = LANE(lane_extent)(l, k ? second : first, &bad);
+    for (k = 0; k < MARK; k += LANES) {
+        const V place = LANE(lane_extent)(l, LANE(load)(src + k), &bad);
         if (LANE(nonzero)(bad))
             return 1;
-        LANE(store)(at + k * LANES, LANE(shr)(place, LANE_PFN_SHIFT));
+        apart = LANE(or)(apart, LANE(apart)(place));
+        LANE(store)(at + k, LANE(shr)(place, LANE_PFN_SHIFT));
     }
-    k = 0;
-#if LANES > 1
-    for (; k < 2 * LANES && at[1] == at[0] + 1; k += 4) { /* folios of 4 pages */
-        const uint64_t apart = (at[k + 1] - at[k] - 1) | (at[k + 2] - at[k] - 2) | (at[k + 3] - at[k] - 3);
-        if (apart || at[k] % 64 > 60)
-            break;
-        pages[at[k] / 64] |= (uint64_t)15 << at[k] % 64;
+    if (LANES == 1)
+        apart = LANE(set)((at[1] - at[0] - 1) | (at[2] - at[0] - 2) | (at[3] - at[0] - 3) | at[0] % LANE_QUAD);
+    if (!LANE(nonzero)(apart)) {
+        for (k = 0; k < MARK; k += LANE_QUAD)
+            quads[at[k] / LANE_QUADS] |= LANE_BIT(at[k] / LANE_QUAD % 64);
+        return 0;
     }
-#endif
-    if (k < 2 * LANES)
-        for (k = 0; k < 2 * LANES; k++)
-            pages[at[k] / 64] |= LANE_BIT(at[k] % 64);
+    if (!row[2])
+        lane_mark_pages(l, row);
+    for (k = 0; k < MARK; k++)
+        pages[at[k] / 64] |= LANE_BIT(at[k] % 64);
     return 0;
 }
 
-/* Set the bits of the pages of the extent that n entries map; returns how many from the front are none or map such pages. */
-LANE_TARGET static size_t LANE(lane_mark)(const struct lane *shared, const uint64_t *src, size_t n, uint64_t *pages)
+/* Mark what n entries map, in the row of a thread; returns how many from the front are none or map pages of the extent. */
+LANE_TARGET static size_t LANE(lane_mark)(const struct lane *shared, const uint64_t *src, size_t n, uint64_t *row)
 {
+    enum { MARK = LANES > 1 ? 2 * LANES : LANE_QUAD };
     const struct lane local = *shared, *l = &local; /* as in lane_run */
-    const size_t part = n / LANE_STREAMS & ~(size_t)(2 * LANES - 1);
+    const size_t part = n / LANE_STREAMS & ~(size_t)(MARK - 1);
+    uint64_t *const pages = row + LANE_MARKS + lane_quad_words(l->extent_len);
     size_t i = 0, k;
     int bad = 0;
+    row[2] = 0;
+    memset(row + LANE_MARKS, 0, lane_quad_words(l->extent_len) * sizeof(*row));
     if (part >= LANE_LONG) { /* several streams, as in lane_check */
-        for (; i < part && !bad; i += 2 * LANES)
+        for (; i < part && !bad; i += MARK)
             for (k = 0; k < LANE_STREAMS; k++)
-                bad |= LANE(lane_mark_pages)(l, src + i + k * part, pages);
-        i = bad ? i - 2 * LANES : LANE_STREAMS * part;
+                bad |= LANE(lane_mark_some)(l, src + i + k * part, row);
+        i = bad ? i - MARK : LANE_STREAMS * part;
     }
     while (i < n) {
-        const size_t many = i + 2 * LANES <= n ? 2 * LANES : 1;
-        if (many > 1 && !LANE(lane_mark_pages)(l, src + i, pages)) {
+        const size_t many = i + MARK <= n ? MARK : 1;
+        if (many > 1 && !LANE(lane_mark_some)(l, src + i, row)) {
             i += many;
             continue;
         }
@@ -959,6 +967,8 @@ LANE_TARGET static size_t LANE(lane_mark)(const struct lane *shared, const uint6
                 continue;
             if (!(v & l->valid) || v & l->special || rel >= l->extent_len)
                 return i;
+            if (!row[2])
+                lane_mark_pages(l, row);
             pages[rel / 64] |= LANE_BIT(rel % 64);
         }
     }

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ptebatch import _core, arch, checks, folio, memory, swap
+from ptebatch import _core, arch, checks, folio, swap
 from ptebatch.arch import PteLayout
 from ptebatch.checks import BatchResult
 from ptebatch.errors import ArgumentError, PfnError, StateError
@@ -420,7 +420,7 @@ def _marks(mm: Mm, nr_slots: int, threads: int) -> U64:
     nr_pages = mm.folios.extent()[1] if threads > 1 else 0
     if not nr_pages or nr_pages > 64 * nr_slots or mm.has_pinned:
         return _NO_MARKS
-    return memory.zeros(threads, _core.MARKS_HEAD + (nr_pages + 63) // 64)
+    return np.empty((threads, _core.mark_words(nr_pages)), dtype=np.uint64)  # the allocator uses memory again
 
 
 def check_range(

@@ -127,12 +127,30 @@ def test_what_the_lane_does_not_know_is_left_to_one_thread(shares):
 
 
 @lane
-def test_a_page_mapped_by_tables_of_two_threads(shares):
-    mm = Workload(size=8 << 20, folio=(4096,)).build()
-    mm.entries[3, 7] = mm.entries[0, 5]
+@pytest.mark.parametrize(
+    ("folio", "slot", "nr"),
+    [(4096, 7, 1), (16384, 8, 4), (16384, 508, 4), (65536, 32, 16), (65536, 39, 1), (65536, 34, 4), (1 << 21, 0, 512), (8192, 511, 1)],
+    ids=["page, page", "quad, quad", "the last quad", "large folio", "quad, page", "quad, four pages", "table", "half a quad"],
+)
+def test_pages_mapped_by_tables_of_two_threads(level, shares, folio, slot, nr):  # noqa: F811
+    """However either thread marks them, none of them has any slots."""
+    mm = Workload(size=8 << 20, folio=(folio,)).build()
+    mm.entries[3, slot : slot + nr] = mm.entries[0, slot : slot + nr]
     other = copy_state(mm)
     got = fork(mm, threads=2)
-    assert shares == [[0, 1024]]  # none of them has any slots
+    assert shares == [[0, 1024]] or level == "off"
+    assert_equal(mm, got, other, fork(other), LATEST)
+
+
+@pytest.mark.parametrize("folio", [4096, 8192, 16384, 65536, 1 << 21])
+def test_pages_next_to_those_of_another_thread(level, shares, folio):  # noqa: F811
+    """Neighbours in the memmap are nobody else's: every thread has its slots."""
+    mm = Workload(size=8 << 20, folio=(folio,)).build()
+    flat = mm.entries.reshape(-1)
+    flat[:] = np.sort(flat).reshape(-1, 2, folio >> 12).swapaxes(0, 1).reshape(-1)
+    other = copy_state(mm)
+    got = fork(mm, threads=2)
+    assert shares == [[1024, 2048]] or level == "off"
     assert_equal(mm, got, other, fork(other), LATEST)
 
 

@@ -153,7 +153,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
     const uint64_t ae = w >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0, kind = w & (LANE_KIND | ae);
     const uint64_t mask = l->small_mask | LANE_KIND | ae, value = l->small_value | kind;
     const uint64_t delta = LANE_ONE_MAPPING - (kind & ae), pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
-    const size_t distance = lane_ahead(l->far);
+    const size_t distance = lane_ahead(l->far), near = l->far ? LANE_NEAR_SMALL : distance;
     const int cow = l->cow, prefetch = l->prefetch, far = l->far;
     uint64_t at[LANES];
     size_t i = 0;
@@ -167,15 +167,13 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
         if (LANE(nonzero)(bad))
             break;
         LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
-        if (prefetch && i + distance + LANES <= ahead)
-            for (k = 0; k < LANES; k++) {
-                uint64_t next = ((src[i + distance + (size_t)k] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
-                if (far) {
-                    LANE_PREFETCH_L2(words, next);
-                    next = ((src[i + LANE_NEAR_SMALL + (size_t)k] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
-                }
-                LANE_PREFETCH_AT(words, next);
-            }
+        if (prefetch && i + distance + LANES <= ahead) {
+            if (far)
+                for (k = 0; k < LANES; k++)
+                    LANE_PREFETCH_L2(words, ((src[i + distance + (size_t)k] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn);
+            for (k = 0; k < LANES; k++)
+                LANE_PREFETCH_AT(words, ((src[i + near + (size_t)k] & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn);
+        }
         for (k = 0; k < LANES; k++) {
             w = words[at[k]];
             if ((w ^ value) & mask)
@@ -299,8 +297,9 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
     const uint64_t flip = v & l->valid ? 0 : l->inverted, step = lane_step(l, v);
     const int slots = l->mm_id && pages < 4, prefetch = l->prefetch, bypass = LANE(may_bypass)(l, dst); /* slots in aux */
     uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at;
+    const int far = l->far;
+    const size_t distance = lane_ahead_large(far), near = far ? LANE_NEAR_LARGE : distance;
     V ramp[MOST];
-    const size_t distance = lane_ahead_large(l->far);
     size_t i = 0, k;
     for (k = 0; k < pages / LANES; k++)
         ramp[k] = LANE(ramp)(k * LANES * step, step);
@@ -332,20 +331,20 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             if (slots && ((aux[at] ^ t->aux[0]) | (aux[at + 1] ^ t->aux[1])))
                 break;
             if (prefetch && i + distance + 16 <= ahead) {
-                uint64_t next = (((src[i + distance] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
-                if (l->far) {
-                    LANE_PREFETCH_L2(words, next);
-                    if (pages == 16)
-                        LANE_PREFETCH_L2(words, next + LANE_LINE);
-                    if (slots)
-                        LANE_PREFETCH_L2(aux, next);
-                    next = (((src[i + LANE_NEAR_LARGE] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
-                }
+                uint64_t next = (((src[i + near] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
                 LANE_PREFETCH_AT(words, next);
                 if (pages == 16)
                     LANE_PREFETCH_AT(words, next + LANE_LINE);
                 if (slots)
                     LANE_PREFETCH_AT(aux, next);
+                if (far) {
+                    next = (((src[i + distance] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+                    LANE_PREFETCH_L2(words, next);
+                    if (pages == 16)
+                        LANE_PREFETCH_L2(words, next + LANE_LINE);
+                    if (slots)
+                        LANE_PREFETCH_L2(aux, next);
+                }
             }
             for (k = 0; k < pages / LANES; k++) {
                 entries[k] = LANE(add)(LANE(set)(head), ramp[k]);

@@ -129,8 +129,16 @@ def test_what_the_lane_does_not_know_is_left_to_one_thread(shares):
 @lane
 @pytest.mark.parametrize(
     ("folio", "slot", "nr"),
-    [(4096, 7, 1), (16384, 8, 4), (16384, 508, 4), (65536, 32, 16), (65536, 39, 1), (65536, 34, 4), (1 << 21, 0, 512), (8192, 511, 1)],
-    ids=["page, page", "quad, quad", "the last quad", "large folio", "quad, page", "quad, four pages", "table", "half a quad"],
+    [
+        pytest.param(4096, 7, 1, id="page, page"),
+        pytest.param(8192, 511, 1, id="half a quad, page"),
+        pytest.param(16384, 8, 4, id="quad, quad"),
+        pytest.param(16384, 508, 4, id="the last quad"),
+        pytest.param(65536, 39, 1, id="quad, page"),
+        pytest.param(65536, 34, 4, id="quad, four pages"),
+        pytest.param(65536, 32, 16, id="large folio"),
+        pytest.param(1 << 21, 0, 512, id="table"),
+    ],
 )
 def test_pages_mapped_by_tables_of_two_threads(level, shares, folio, slot, nr):  # noqa: F811
     """However either thread marks them, none of them has any slots."""

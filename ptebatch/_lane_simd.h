@@ -375,37 +375,65 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
     return i;
 }
 
-/* A batch of entries like v among the first n, at most LANE_WHOLE; as many may be read from src and words. Returns how many
- * were copied: 0 if one that is not alike goes on with the batch, or a mapcount is near its limit. */
+/* All batches among the first n entries, at most LANE_WHOLE, whose pages are those of one folio from words on: v is the
+ * first, and up to one that would be in no batch with it, even without gaps, the others are like v, or none. As many as
+ * LANE_WHOLE may be read from src and words; the table ends after `left`. Returns how many slots were dealt with, of which
+ * *mapped map a page; 0 if a mapcount is near its limit. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
-                                                uint64_t v, uint64_t step, uint64_t clear, int any)
+                                                size_t left, uint64_t v, uint64_t step, uint64_t clear, size_t *mapped)
 {
-    enum { MOST = LANE_WHOLE / LANES };
-    const uint64_t protect = any && l->cow ? lane_wrprotect(l, v) - v : 0, child = lane_child(l, v, any) - v;
-    V entries[MOST], before[MOST], near = LANE(set)(0);
-    unsigned same = 1u << LANE_WHOLE, exclusive = 0, some;
-    size_t k, nr;
+    enum { MOST = LANE_WHOLE / LANES, ALL = (1 << LANES) - 1 };
+    const V normal = LANE(set)(lane_changed(&l->norm, v)), zero = LANE(set)(0);
+    V entries[MOST], before[MOST], ramp[MOST], near = zero;
+    unsigned same = 0, none = 0, readonly = 0, shared = 0, todo, protect = 0;
+    uint64_t each[LANE_WHOLE];
+    size_t k, done;
     for (k = 0; k < MOST; k++) {
-        entries[k] = LANE(add)(LANE(set)(v), LANE(ramp)(k * LANES * step, step));
+        ramp[k] = LANE(ramp)(k * LANES * step, step);
+        entries[k] = LANE(load)(src + k * LANES);
         before[k] = LANE(load)(words + k * LANES);
-        same |= (LANE(same)(LANE(load)(src + k * LANES), entries[k]) ^ ((1u << LANES) - 1)) << k * LANES;
-        exclusive |= (LANE(same)(LANE(and)(before[k], LANE(set)(clear)), LANE(set)(0)) ^ ((1u << LANES) - 1)) << k * LANES;
+        LANE(store)(each + k * LANES, entries[k]);
+        same |= LANE(same)(LANE(lane_change)(&l->norm, entries[k]), LANE(add)(normal, ramp[k])) << k * LANES;
+        none |= LANE(same)(LANE(and)(entries[k], LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)) << k * LANES;
+        readonly |= LANE(same)(LANE(and)(entries[k], LANE(set)(l->writable)), zero) << k * LANES;
+        shared |= LANE(same)(LANE(and)(before[k], LANE(set)(clear)), zero) << k * LANES;
         near = LANE(or)(near, before[k]);
     }
-    nr = (size_t)__builtin_ctz(same | 1u << n);
-    if (LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2))))
-        || (nr < n && lane_changed(&l->norm, src[nr]) == lane_changed(&l->norm, v) + nr * step))
+    if (LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2)))))
         return 0;
-    some = (1u << nr) - 1;
-    l->exclusive += __builtin_popcount(exclusive & some);
-    for (k = 0; k < MOST; k++) {
-        const unsigned mine = some >> k * LANES;
-        if (protect)
-            LANE(store_some)(src + k * LANES, mine, LANE(add)(entries[k], LANE(set)(protect)));
-        LANE(store_some)(dst + k * LANES, mine, LANE(add)(entries[k], LANE(set)(child)));
-        LANE(store_some)(words + k * LANES, mine, LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount)));
+    done = (size_t)__builtin_ctz(~(same | none) | 1u << n);
+    same &= (1u << done) - 1;
+    for (todo = same; todo;) { /* batch by batch */
+        const size_t from = (size_t)__builtin_ctz(todo), nr = (size_t)__builtin_ctz(~(todo >> from));
+        const unsigned mine = ((1u << nr) - 1) << from;
+        const int any = (mine & ~readonly) != 0;
+        uint64_t child;
+        if (from && !lane_canonical(l, each[from])) {
+            done = from;
+            same &= (1u << done) - 1;
+            break;
+        }
+        child = lane_child(l, each[from], any) - from * step;
+        for (k = 0; k < MOST; k++)
+            LANE(store_some)(dst + k * LANES, mine >> k * LANES & ALL, LANE(add)(LANE(set)(child), ramp[k]));
+        protect |= any && l->cow ? mine : 0;
+        l->hist[nr]++;
+        /* Reads of the scan: entries 1..nr-1, the one that ended it, and without the clamp the one behind the folio. */
+        l->reads += (int64_t)nr - 1 + (from + nr < n || (!l->clamp && n < left));
+        l->wrprotects += any && l->cow;
+        todo &= ~mine;
     }
-    return nr;
+    for (k = 0; k < MOST; k++) {
+        if (protect)
+            LANE(store_some)(src + k * LANES, protect >> k * LANES & ALL, LANE(lane_change)(&l->wrprotect, entries[k]));
+        LANE(store_some)(words + k * LANES, same >> k * LANES & ALL,
+                         LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount)));
+    }
+    *mapped = (size_t)__builtin_popcount(same);
+    l->wrprotected += __builtin_popcount(protect);
+    l->exclusive += __builtin_popcount(same & ~shared);
+    l->none += __builtin_popcount(none & ((1u << done) - 1));
+    return done;
 }
 
 /* folio_pte_batch() over n entries, the first included; any says whether one of them is writable. */
@@ -685,13 +713,16 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
         memcpy(like.before, words, 3 * sizeof(like.before[0]));
         memcpy(like.aux, l->aux + head, sizeof(like.aux));
     }
-    if (LANES > 1 && l->batching && limit <= LANE_WHOLE && ahead >= LANE_WHOLE && page + LANE_WHOLE <= l->nr_words) {
-        any = (v & l->writable) != 0;
-        nr = LANE(lane_piece)(l, src, dst, words, limit, v, step, clear, any);
+#if LANES > 1
+    if (l->batching && limit <= LANE_WHOLE && ahead >= LANE_WHOLE && page + LANE_WHOLE <= l->nr_words) {
+        const size_t done = LANE(lane_piece)(l, src, dst, words, limit, left, v, step, clear, &nr);
+        if (done) {
+            lane_account(l, head, w, nr);
+            return done;
+        }
     }
-    if (nr) {
-        /* done */
-    } else if (!l->batching) {
+#endif
+    if (!l->batching) {
         nr = LANE(lane_each)(l, src, dst, words, limit, v, step, clear);
     } else if (l->cow && v & l->writable) {
         nr = LANE(lane_fused)(l, src, dst, words, limit, ahead, v, step, clear);

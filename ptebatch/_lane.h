@@ -17,7 +17,8 @@
  * Asked of every page or folio: it is in the memmap (bounds are checked in every build), no count is near its limit, it is
  * not a hugetlb folio and cannot be pinned. Then there are these cases:
  *   small folios                 lane_group: LANES entries in a row that all map small folios of one kind (anonymous,
- *                                shmem, file; exclusive or not), else one at a time (lane_small)
+ *                                shmem, file; exclusive or not), or of any kinds and none among them (lane_sparse, not at
+ *                                the scalar level), else one at a time (lane_small)
  *   folios of 2, 4, 8, 16 pages  lane_whole: each mapped whole by entries alike. One pass; a folio stays in registers, and
  *                                all there is to it but its entries is its words (of 2 pages: and the MM-ID slots in aux)
  *   folios of 32 to 512 pages    lane_alike, like lane_whole: in one pass too, which is undone where a folio turns out different

@@ -204,6 +204,52 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
     return i;
 }
 
+/* LANES entries from the front that are none or map small folios, whatever their kinds; ahead entries may be read from src.
+ * Returns how many of them: fewer than all in front of a page of another kind, 0 with nothing done if there are other
+ * entries. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_sparse)(struct lane *l, uint64_t *src, uint64_t *dst, size_t ahead)
+{
+    enum { ALL = (1 << LANES) - 1 };
+    uint64_t *const words = l->words + l->extent_at;
+    const size_t distance = lane_ahead(l->far);
+    const V v = LANE(load)(src), zero = LANE(set)(0), wp = LANE(lane_change)(&l->wrprotect, v);
+    V bad;
+    const V place = LANE(lane_extent)(l, v, &bad);
+    const unsigned none = LANE(same)(LANE(and)(v, LANE(set)(~l->none_ignore)), LANE(set)(l->none_value));
+    unsigned small = LANE(same)(bad, zero), todo, write;
+    size_t done = LANES, k;
+    uint64_t at[LANES];
+    if ((small | none) != ALL)
+        return 0;
+    if (l->prefetch && distance + LANES <= ahead)
+        for (k = 0; k < LANES; k++)
+            LANE_PREFETCH_AT(words, ((src[distance + k] & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn);
+    LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
+    for (todo = small; todo; todo &= todo - 1) {
+        uint64_t w, exclusive;
+        k = (size_t)__builtin_ctz(todo);
+        w = words[at[k]];
+        if ((w ^ l->small_value) & l->small_mask) {
+            done = k;
+            small &= (1u << k) - 1;
+            break;
+        }
+        exclusive = w & w >> (ANON_BIT_ - AE_BIT_) & LANE_BIT(AE_BIT_);
+        words[at[k]] = (w ^ exclusive) + LANE_ONE_MAPPING;
+        l->exclusive += (int64_t)(exclusive >> AE_BIT_);
+        l->rss[lane_rss(w)]++;
+    }
+    write = l->cow ? small & ~LANE(same)(LANE(and)(v, LANE(set)(l->writable)), zero) : 0;
+    LANE(store_some)(src, write, wp);
+    LANE(store_some)(dst, write, LANE(lane_to_child)(l, wp));
+    LANE(store_some)(dst, small & ~write, LANE(lane_to_child)(l, v));
+    l->none += __builtin_popcount(none & ((1u << done) - 1));
+    l->hist[1] += __builtin_popcount(small);
+    l->wrprotects += __builtin_popcount(write);
+    l->wrprotected += __builtin_popcount(write);
+    return done;
+}
+
 /* One more mapping of LANES pages of a large folio; clear is the exclusive bit where the folio is anonymous. */
 LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, uint64_t clear)
 {
@@ -375,25 +421,27 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
     return i;
 }
 
-/* All batches among the first n entries, at most LANE_WHOLE, whose pages are those of one folio from words on: v is the
- * first, and up to one that would be in no batch with it, even without gaps, the others are like v, or none. As many as
- * LANE_WHOLE may be read from src and words; the table ends after `left`. Returns how many slots were dealt with, of which
- * *mapped map a page; 0 if a mapcount is near its limit. */
+/* All batches among the first n entries, at most LANE_WHOLE, that are none or map the pages of one folio, each the page of
+ * its place from words on; v is the first. As many as LANE_WHOLE may be read from src and words; the table ends after `left`.
+ * Returns how many slots were dealt with, of which *mapped map a page; 0 if a mapcount is near its limit. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
                                                 size_t left, uint64_t v, uint64_t step, uint64_t clear, size_t *mapped)
 {
     enum { MOST = LANE_WHOLE / LANES, ALL = (1 << LANES) - 1 };
-    const V normal = LANE(set)(lane_changed(&l->norm, v)), zero = LANE(set)(0);
+    const uint64_t which = l->pfn_mask | l->present | l->valid | l->special;
+    const V zero = LANE(set)(0), first = LANE(set)(v & which);
     V entries[MOST], before[MOST], ramp[MOST], near = zero;
-    unsigned same = 0, none = 0, readonly = 0, shared = 0, todo, protect = 0;
-    uint64_t each[LANE_WHOLE];
+    unsigned same = 0, none = 0, readonly = 0, shared = 0, begins = 0, todo, protect = 0;
+    uint64_t each[LANE_WHOLE], kinds[1 + LANE_WHOLE];
     size_t k, done;
+    kinds[0] = ~lane_changed(&l->norm, v);
     for (k = 0; k < MOST; k++) {
         ramp[k] = LANE(ramp)(k * LANES * step, step);
         entries[k] = LANE(load)(src + k * LANES);
         before[k] = LANE(load)(words + k * LANES);
         LANE(store)(each + k * LANES, entries[k]);
-        same |= LANE(same)(LANE(lane_change)(&l->norm, entries[k]), LANE(add)(normal, ramp[k])) << k * LANES;
+        LANE(store)(kinds + 1 + k * LANES, LANE(sub)(LANE(lane_change)(&l->norm, entries[k]), ramp[k]));
+        same |= LANE(same)(LANE(and)(entries[k], LANE(set)(which)), LANE(add)(first, ramp[k])) << k * LANES;
         none |= LANE(same)(LANE(and)(entries[k], LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)) << k * LANES;
         readonly |= LANE(same)(LANE(and)(entries[k], LANE(set)(l->writable)), zero) << k * LANES;
         shared |= LANE(same)(LANE(and)(before[k], LANE(set)(clear)), zero) << k * LANES;
@@ -401,10 +449,13 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     }
     if (LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2)))))
         return 0;
+    for (k = 0; k < MOST; k++) /* where an entry does not go on with the batch of the one before it */
+        begins |= (LANE(same)(LANE(load)(kinds + k * LANES), LANE(load)(kinds + 1 + k * LANES)) ^ ALL) << k * LANES;
     done = (size_t)__builtin_ctz(~(same | none) | 1u << n);
     same &= (1u << done) - 1;
     for (todo = same; todo;) { /* batch by batch */
-        const size_t from = (size_t)__builtin_ctz(todo), nr = (size_t)__builtin_ctz(~(todo >> from));
+        const size_t from = (size_t)__builtin_ctz(todo);
+        const size_t nr = (size_t)__builtin_ctz(~(todo >> from) | (begins >> from & ~1u));
         const unsigned mine = ((1u << nr) - 1) << from;
         const int any = (mine & ~readonly) != 0;
         uint64_t child;
@@ -414,7 +465,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
             break;
         }
         child = lane_child(l, each[from], any) - from * step;
-        for (k = 0; k < MOST; k++)
+        for (k = from / LANES; k <= (from + nr - 1) / LANES; k++)
             LANE(store_some)(dst + k * LANES, mine >> k * LANES & ALL, LANE(add)(LANE(set)(child), ramp[k]));
         protect |= any && l->cow ? mine : 0;
         l->hist[nr]++;
@@ -901,6 +952,10 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
         done = 1;
         if (!((w ^ l->small_value) & l->small_mask)) {
             done = LANE(lane_group)(l, src + i, dst + i, n - i, ahead - i, w);
+#if LANES > 1
+            if (!done && LANES <= n - i && l->extent_len)
+                done = LANE(lane_sparse)(l, src + i, dst + i, ahead - i);
+#endif
             if (!done) {
                 lane_small(l, src + i, dst + i, v, l->words + page, w);
                 done = 1;

@@ -260,6 +260,134 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
     LANE(store)(words, LANE(add)(LANE(andnot)(LANE(set)(clear), w), LANE(set)(l->page_mapcount)));
 }
 
+/* All batches among the first n entries, at most `wide` (constant where inlined: to LANE_WHOLE), that are none or map the
+ * pages of one folio, each the page of its place from words on; v is the first. As many as `wide` may be read from src and
+ * words; the table ends after `left`. Returns how many slots were dealt with, of which *mapped map a page; 0 if a mapcount is
+ * near its limit. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
+                                                size_t left, uint64_t v, uint64_t step, uint64_t clear, const size_t wide,
+                                                size_t *mapped)
+{
+    enum { MOST = LANE_WHOLE / LANES, ALL = (1 << LANES) - 1 };
+    const size_t many = wide / LANES;
+    const uint64_t which = l->pfn_mask | l->present | l->valid | l->special;
+    const V zero = LANE(set)(0), first = LANE(set)(v & which);
+    const V ramp = LANE(ramp)(0, step);
+    V entries[MOST], before[MOST], near = zero;
+    unsigned same = 0, none = 0, readonly = 0, shared = 0, begins = 0, todo, protect = 0;
+    uint64_t each[LANE_WHOLE], kinds[1 + LANE_WHOLE];
+    size_t k, done;
+    kinds[0] = ~lane_changed(&l->norm, v);
+    for (k = 0; k < many; k++) {
+        const V place = LANE(add)(LANE(set)(k * LANES * step), ramp);
+        entries[k] = LANE(load)(src + k * LANES);
+        before[k] = LANE(load)(words + k * LANES);
+        LANE(store)(each + k * LANES, entries[k]);
+        LANE(store)(kinds + 1 + k * LANES, LANE(sub)(LANE(lane_change)(&l->norm, entries[k]), place));
+        same |= LANE(same)(LANE(and)(entries[k], LANE(set)(which)), LANE(add)(first, place)) << k * LANES;
+        none |= LANE(same)(LANE(and)(entries[k], LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)) << k * LANES;
+        readonly |= LANE(same)(LANE(and)(entries[k], LANE(set)(l->writable)), zero) << k * LANES;
+        shared |= LANE(same)(LANE(and)(before[k], LANE(set)(clear)), zero) << k * LANES;
+        near = LANE(or)(near, before[k]);
+    }
+    if (LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2)))))
+        return 0;
+    for (k = 0; k < many; k++) /* where an entry does not go on with the batch of the one before it */
+        begins |= (LANE(same)(LANE(load)(kinds + k * LANES), LANE(load)(kinds + 1 + k * LANES)) ^ ALL) << k * LANES;
+    done = (size_t)__builtin_ctz(~(same | none) | 1u << n);
+    same &= (1u << done) - 1;
+    for (todo = same; todo;) { /* batch by batch */
+        const size_t from = (size_t)__builtin_ctz(todo);
+        const size_t nr = (size_t)__builtin_ctz(~(todo >> from) | (begins >> from & ~1u));
+        const unsigned mine = ((1u << nr) - 1) << from;
+        const int any = (mine & ~readonly) != 0;
+        uint64_t child;
+        if (from && !lane_canonical(l, each[from])) {
+            done = from;
+            same &= (1u << done) - 1;
+            break;
+        }
+        child = lane_child(l, each[from], any) - from * step;
+        for (k = from / LANES; k <= (from + nr - 1) / LANES; k++)
+            LANE(store_some)(dst + k * LANES, mine >> k * LANES & ALL, LANE(add)(LANE(set)(child + k * LANES * step), ramp));
+        protect |= any && l->cow ? mine : 0;
+        l->hist[nr]++;
+        /* Reads of the scan: entries 1..nr-1, the one that ended it, and without the clamp the one behind the folio. */
+        l->reads += (int64_t)nr - 1 + (from + nr < n || (!l->clamp && n < left));
+        l->wrprotects += any && l->cow;
+        todo &= ~mine;
+    }
+    for (k = 0; k < many; k++) {
+        if (protect)
+            LANE(store_some)(src + k * LANES, protect >> k * LANES & ALL, LANE(lane_change)(&l->wrprotect, entries[k]));
+        LANE(store_some)(words + k * LANES, same >> k * LANES & ALL,
+                         LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount)));
+    }
+    *mapped = (size_t)__builtin_popcount(same);
+    l->wrprotected += __builtin_popcount(protect);
+    l->exclusive += __builtin_popcount(same & ~shared);
+    l->none += __builtin_popcount(none & ((1u << done) - 1));
+    return done;
+}
+
+#if LANES > 1
+/* The first n slots, at most LANE_WHOLE, which have the pages of a large folio from pfn and `page` on if they map anything;
+ * w is a word of the folio, for which lane_large_ok() holds, and ahead entries may be read from src. Returns how many were
+ * dealt with. */
+LANE_TARGET static __attribute__((noinline)) size_t LANE(lane_pieces)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n,
+                                                                      size_t left, size_t ahead, uint64_t pfn, size_t page,
+                                                                      uint64_t w)
+{
+    const uint64_t clear = w >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0;
+    size_t i = 0, done, nr, mapped = 0;
+    for (; i < n; i += done) {
+        const uint64_t v = src[i], step = lane_step(l, v);
+        const size_t wide = n - i <= 4 ? 4 : LANE_WHOLE;
+        nr = 0;
+        if ((v & ~l->none_ignore) == l->none_value) {
+            l->none++;
+            done = 1;
+            continue;
+        }
+        if (!(v & l->present)) {
+            done = lane_swap(l, src + i, dst + i, n - i);
+        } else {
+            if (v & l->special || lane_pfn(l, v) != pfn + i || !lane_canonical(l, v) || ahead - i < wide || l->nr_words - page - i < wide)
+                break;
+            if (wide == 4)
+                done = LANE4(lane_piece)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, 4, &nr);
+            else
+                done = LANE(lane_piece)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, LANE_WHOLE, &nr);
+        }
+        if (!done)
+            break;
+        mapped += nr;
+    }
+    if (mapped)
+        lane_account(l, page - (pfn & ((LANE_BIT(w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1))) - 1)), w, mapped);
+    return i;
+}
+
+/* For lane_whole: slot i has the first page of a folio, at that place of the extent, which is not mapped whole by one batch.
+ * Returns how many slots were dealt with. */
+LANE_TARGET static __attribute__((noinline)) size_t LANE(lane_broken)(struct lane *l, uint64_t *src, uint64_t *dst, size_t i,
+                                                                      size_t n, size_t left, size_t ahead, uint64_t at, int order)
+{
+    const size_t page = l->extent_at + at, pages = (size_t)1 << order;
+    const uint64_t w = l->words[page], pfn = l->extent_pfn + at;
+    size_t done;
+    if (!l->batching || !(w >> VALID_BIT_) || (w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1)) != (uint64_t)order
+        || !lane_large_ok(l, page, w) || (l->nr_others && !lane_sole(l, pfn, pages)))
+        return 0;
+    left = lane_left(l, left, i, n);
+    left = left ? left : l->ptrs < n - i ? l->ptrs : n - i;
+    done = LANE(lane_pieces)(l, src + i, dst + i, pages, left, ahead - i, pfn, page, w);
+    if (done == pages) /* lane_behind will count it as if it were whole */
+        l->reads -= !l->clamp && left > pages;
+    return done;
+}
+#endif
+
 /* A folio of `pages` pages (constant where inlined: 2 to 16), mapped whole by entries that form one batch, or without batching
  * are alike; the first is src[0], and `at` the place of its word in the extent. What becomes of entries that are alike is kept
  * for others. Returns 0 with nothing done if it is not so. */
@@ -413,78 +541,25 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         t->folios += (int64_t)((i - from) / pages);
         if (i > from)
             continue;
-        if (!LANE(lane_whole_one)(l, src + i, dst + i, at, pages, order))
-            break;
-        i += pages;
+        if (LANE(lane_whole_one)(l, src + i, dst + i, at, pages, order)) {
+            i += pages;
+            continue;
+        }
+#if LANES > 1
+        k = LANE(lane_broken)(l, src, dst, i, n, left, ahead, at, order);
+        if (k == pages) {
+            i += k;
+            continue;
+        }
+        if (k) {
+            lane_behind(l, i, n, left, pages);
+            return i + k;
+        }
+#endif
+        break;
     }
     lane_behind(l, i, n, left, pages);
     return i;
-}
-
-/* All batches among the first n entries, at most LANE_WHOLE, that are none or map the pages of one folio, each the page of
- * its place from words on; v is the first. As many as LANE_WHOLE may be read from src and words; the table ends after `left`.
- * Returns how many slots were dealt with, of which *mapped map a page; 0 if a mapcount is near its limit. */
-LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
-                                                size_t left, uint64_t v, uint64_t step, uint64_t clear, size_t *mapped)
-{
-    enum { MOST = LANE_WHOLE / LANES, ALL = (1 << LANES) - 1 };
-    const uint64_t which = l->pfn_mask | l->present | l->valid | l->special;
-    const V zero = LANE(set)(0), first = LANE(set)(v & which);
-    V entries[MOST], before[MOST], ramp[MOST], near = zero;
-    unsigned same = 0, none = 0, readonly = 0, shared = 0, begins = 0, todo, protect = 0;
-    uint64_t each[LANE_WHOLE], kinds[1 + LANE_WHOLE];
-    size_t k, done;
-    kinds[0] = ~lane_changed(&l->norm, v);
-    for (k = 0; k < MOST; k++) {
-        ramp[k] = LANE(ramp)(k * LANES * step, step);
-        entries[k] = LANE(load)(src + k * LANES);
-        before[k] = LANE(load)(words + k * LANES);
-        LANE(store)(each + k * LANES, entries[k]);
-        LANE(store)(kinds + 1 + k * LANES, LANE(sub)(LANE(lane_change)(&l->norm, entries[k]), ramp[k]));
-        same |= LANE(same)(LANE(and)(entries[k], LANE(set)(which)), LANE(add)(first, ramp[k])) << k * LANES;
-        none |= LANE(same)(LANE(and)(entries[k], LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)) << k * LANES;
-        readonly |= LANE(same)(LANE(and)(entries[k], LANE(set)(l->writable)), zero) << k * LANES;
-        shared |= LANE(same)(LANE(and)(before[k], LANE(set)(clear)), zero) << k * LANES;
-        near = LANE(or)(near, before[k]);
-    }
-    if (LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2)))))
-        return 0;
-    for (k = 0; k < MOST; k++) /* where an entry does not go on with the batch of the one before it */
-        begins |= (LANE(same)(LANE(load)(kinds + k * LANES), LANE(load)(kinds + 1 + k * LANES)) ^ ALL) << k * LANES;
-    done = (size_t)__builtin_ctz(~(same | none) | 1u << n);
-    same &= (1u << done) - 1;
-    for (todo = same; todo;) { /* batch by batch */
-        const size_t from = (size_t)__builtin_ctz(todo);
-        const size_t nr = (size_t)__builtin_ctz(~(todo >> from) | (begins >> from & ~1u));
-        const unsigned mine = ((1u << nr) - 1) << from;
-        const int any = (mine & ~readonly) != 0;
-        uint64_t child;
-        if (from && !lane_canonical(l, each[from])) {
-            done = from;
-            same &= (1u << done) - 1;
-            break;
-        }
-        child = lane_child(l, each[from], any) - from * step;
-        for (k = from / LANES; k <= (from + nr - 1) / LANES; k++)
-            LANE(store_some)(dst + k * LANES, mine >> k * LANES & ALL, LANE(add)(LANE(set)(child), ramp[k]));
-        protect |= any && l->cow ? mine : 0;
-        l->hist[nr]++;
-        /* Reads of the scan: entries 1..nr-1, the one that ended it, and without the clamp the one behind the folio. */
-        l->reads += (int64_t)nr - 1 + (from + nr < n || (!l->clamp && n < left));
-        l->wrprotects += any && l->cow;
-        todo &= ~mine;
-    }
-    for (k = 0; k < MOST; k++) {
-        if (protect)
-            LANE(store_some)(src + k * LANES, protect >> k * LANES & ALL, LANE(lane_change)(&l->wrprotect, entries[k]));
-        LANE(store_some)(words + k * LANES, same >> k * LANES & ALL,
-                         LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount)));
-    }
-    *mapped = (size_t)__builtin_popcount(same);
-    l->wrprotected += __builtin_popcount(protect);
-    l->exclusive += __builtin_popcount(same & ~shared);
-    l->none += __builtin_popcount(none & ((1u << done) - 1));
-    return done;
 }
 
 /* folio_pte_batch() over n entries, the first included; any says whether one of them is writable. */
@@ -765,12 +840,10 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
         memcpy(like.aux, l->aux + head, sizeof(like.aux));
     }
 #if LANES > 1
-    if (l->batching && limit <= LANE_WHOLE && ahead >= LANE_WHOLE && page + LANE_WHOLE <= l->nr_words) {
-        const size_t done = LANE(lane_piece)(l, src, dst, words, limit, left, v, step, clear, &nr);
-        if (done) {
-            lane_account(l, head, w, nr);
-            return done;
-        }
+    if (l->batching && limit <= LANE_WHOLE) {
+        nr = LANE(lane_pieces)(l, src, dst, limit, left, ahead, pfn, page, w);
+        if (nr)
+            return nr;
     }
 #endif
     if (!l->batching) {

@@ -553,6 +553,111 @@ def test_other_layouts(level, name, semantics):  # noqa: F811
                 check(mm, (semantics, batching), expected, what=f"{folio} by {granularity}")
 
 
+# --- folios with gaps -----------------------------------------------------------------------------------------------
+
+GAPS = {
+    "holes": lambda rng, page: HOLE,
+    "old holes": lambda rng, page: Piece(value=rng.choice((0, L.young, L.dirty))),  # none, by what is ignored
+    "swap": lambda rng, page: Piece(value=swp_entry(L, 0, 100 + page) | L.swp_exclusive),
+    "all": lambda rng, page: rng.choice((HOLE, HOLE, SPECIAL, Piece(value=swp_entry(L, 0, 100 + page)), Piece())),
+}
+CHANGED = [WRITABLE ^ bit for bit in (L.young, L.dirty, L.soft_dirty)]
+FLAGS = (WRITABLE, WRITABLE, READONLY, READONLY | L.uffd_wp, *CHANGED)
+
+
+def ragged(rng: random.Random, order: int, gaps: str, flags: Sequence[int] = FLAGS, **like) -> list[Piece]:
+    """The slots of one folio: some of its pages, in their places, by entries of a few kinds, and gaps."""
+    pieces: list[Piece] = []
+    page, since = 0, -1
+    while page < 1 << order:
+        nr = min(rng.choice((1, 1, 2, 3, 5, 16)), (1 << order) - page)
+        if rng.random() < 0.3:
+            more = [GAPS[gaps](rng, page + k) for k in range(nr)]
+            pieces += more
+            since += len(more) if since >= 0 else 0
+        else:
+            own = like if since < 0 else {}
+            again = None if since < 0 else since + 1
+            pieces.append(Piece(order, rng.choice(flags), page, nr, again=again, **own))
+            since = 0
+        page += nr
+    return pieces
+
+
+def gapped(rng: random.Random, orders: Sequence[int], gaps: str, nr_slots: int, **like) -> list[Piece]:
+    """Folios one after the other, in the places of their sizes: half of them whole and alike."""
+    pieces: list[Piece] = []
+    used = 0
+    while used < nr_slots:
+        order = rng.choice(orders)
+        pieces += [HOLE] * (-used % (1 << order))
+        used += -used % (1 << order) + (1 << order)
+        pieces += [Piece(order)] if rng.random() < 0.5 else ragged(rng, order, gaps, **like)
+    return pieces
+
+
+@pytest.mark.parametrize("run", RUNS[1::2] + RUNS[-1:], ids=lambda run: f"{run[0].version} {run[1]}")
+@pytest.mark.parametrize("orders", [(0,), (1, 2), (2,), (3, 4), (4,), (0, 2, 4, 5), (6, 9)], ids=str)
+@pytest.mark.parametrize("gaps", GAPS)
+def test_folios_with_gaps(level, gaps, orders, run):  # noqa: F811
+    rng = random.Random(f"{gaps} {orders}")
+    for shape in rng.sample(SHAPES, 3):
+        check(lay(gapped(rng, orders, gaps, 700), **shape), run, what=str(shape), times=2)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_one_gap_anywhere(level, order):  # noqa: F811
+    """At every page, among folios like it, with and without the clamp; at a table's end too, and at the end of all."""
+    nr = 1 << order
+    for gap, flags in ((HOLE, WRITABLE), (Piece(value=swp_entry(L, 0, 9)), READONLY)):
+        pieces: list[Piece] = []
+        for at in range(nr):
+            pieces += [Piece(order)] * (at % 3)
+            pieces += [Piece(order, flags, 0, at)] * (at > 0) + [gap]
+            pieces += [Piece(order, flags, at + 1, nr - at - 1, again=2 if at else None)] * (at + 1 < nr)
+        for at in (0, 512 - sum(len(p.pages) if p.value is None else 1 for p in pieces) % 512):
+            mm = lay(pieces, at=at)
+            for run in ((V6_9, True), (LATEST, True)):
+                check(mm, run)
+
+
+LIKE = {
+    "counts": {"others": 3},
+    "spilled slots": {"slots": (31, 32)},
+    "full slots": {"slots": (3, 9)},
+    "pinned": {"bits": 8},
+    "poisoned": {"bits": 4},
+    "file": {"anon": False, "swapbacked": False},
+    "hugetlb": {"hugetlb": True},
+    "one page not exclusive": {"shared": (1,)},
+}
+
+
+@pytest.mark.parametrize("like", LIKE)
+def test_folios_with_gaps_that_are_like(level, like):  # noqa: F811
+    rng = random.Random(like)
+    for orders in ((2,), (3, 4)):
+        check(lay(gapped(rng, orders, "all", 600, **LIKE[like]), at=4), (LATEST, True), what=f"{orders}", times=2)
+
+
+@pytest.mark.parametrize("page", [0, 5, 15])
+def test_a_count_near_its_limit_beside_a_gap(level, page):  # noqa: F811
+    mm = lay([Piece(4), Piece(4, WRITABLE, 0, 8), HOLE, Piece(4, WRITABLE, 9, 7, again=2), Piece(4)])
+    pfn = arch.pte_pfn(L, int(mm.entries[0, 16])) + page
+    for count in (1 << 22, (1 << 23) - 1, (1 << 24) - 1):
+        mm.folios.page(pfn).mapcount = count
+        check(mm, (LATEST, True))
+
+
+@settings(max_examples=EXAMPLES)
+@given(st.integers(0, 1 << 30), st.sampled_from(SHAPES), st.sampled_from(RUNS))
+def test_any_gaps(level, seed, shape, run):  # noqa: F811
+    rng = random.Random(seed)
+    orders = rng.choice(((0,), (2,), (4,), (0, 1, 2, 3, 4)))
+    pieces = gapped(rng, orders, rng.choice(sorted(GAPS)), rng.choice((40, 200)))
+    check(lay(pieces, **shape), run)
+
+
 # --- swap entries ---------------------------------------------------------------------------------------------------
 
 

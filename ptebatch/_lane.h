@@ -933,7 +933,7 @@ static inline void lane_shares(struct lane_share *shares, size_t nr, void *(*fun
 }
 
 /* Nonzero if two of nr threads have marks for a page of the quads in word `at`: quads is the first one's, the others' are
- * nr_words behind each other, and so far behind them are the bits of pages, if there are any. */
+ * nr_words behind each other; `pages` words behind a thread's quads are its bits of pages, and 0 says that none has any. */
 LANE_INLINE uint64_t lane_twice(const uint64_t *quads, size_t nr, size_t nr_words, size_t at, size_t pages)
 {
     uint64_t once = 0, twice = 0, mine;

@@ -184,11 +184,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
             break;
         if (cow)
             v = LANE(lane_protect)(l, src + i, v);
-#if X & 4
-        LANE(put)(LANE(may_bypass)(l, dst), dst + i, LANE(lane_to_child)(l, v));
-#else
         LANE(store)(dst + i, LANE(lane_to_child)(l, v));
-#endif
         k = 0;
     }
     /* The last group stopped at page k of another kind: the entries before it, whose pages are done. */
@@ -879,7 +875,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
 }
 
 #if LANES == 4
-/* Fetch the words of the pages that LANES entries map, or only from memory. */
+/* Fetch the words of the pages that LANES entries map: near, or as far as the second cache. */
 LANE_TARGET LANE_INLINE void LANE(lane_fetch)(const struct lane *l, const uint64_t *src, int near)
 {
     const uint64_t first = (uintptr_t)(l->words + l->extent_at) - l->extent_pfn * sizeof(uint64_t);

@@ -475,14 +475,14 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         ramp[k] = LANE(ramp)(k * LANES * step, step);
     while (i + pages <= n) {
         const size_t from = i;
-        uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn;
+        const uint64_t first = src[i], first_pfn = ((first ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, first_at = first_pfn - extent_pfn;
         uint64_t flags, protect, child;
         struct lane_like *t;
         V before[MOST], after[MOST];
         int write;
-        if (at >= room || pfn & (pages - 1) || (head ^ v) & hard)
+        if (first_at >= room || first_pfn & (pages - 1) || (first ^ v) & hard)
             break;
-        t = likes + ((head & ~pfn_mask) + words[at] == likes[1].key);
+        t = likes + ((first & ~pfn_mask) + words[first_at] == likes[1].key);
         flags = t->flags;
         write = t->write;
         protect = t->protect;
@@ -493,9 +493,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         }
         for (; i + pages <= n; i += pages) {
             V entries[MOST], differ = LANE(set)(0);
-            head = src[i];
-            pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT;
-            at = pfn - extent_pfn;
+            const uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn;
             if (at >= room || pfn & (pages - 1) || (head & ~pfn_mask) != flags)
                 break;
             if (slots && ((aux[at] ^ t->aux[0]) | (aux[at + 1] ^ t->aux[1])))
@@ -537,12 +535,13 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         t->folios += (int64_t)((i - from) / pages);
         if (i > from)
             continue;
-        if (LANE(lane_whole_one)(l, src + i, dst + i, at, pages, order)) {
+        /* The place that was checked: the loop read this entry again, and it may have been written to since. */
+        if (LANE(lane_whole_one)(l, src + i, dst + i, first_at, pages, order)) {
             i += pages;
             continue;
         }
 #if LANES > 1
-        k = LANE(lane_broken)(l, src, dst, i, n, left, ahead, at, order);
+        k = LANE(lane_broken)(l, src, dst, i, n, left, ahead, first_at, order);
         if (k == pages) {
             i += k;
             continue;

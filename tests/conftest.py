@@ -55,4 +55,28 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
         def _split_scope(self, nodeid: str) -> str:
             return "machine" if nodeid.startswith(MACHINE) else nodeid
 
+        def schedule(self) -> None:
+            super().schedule()
+            super().schedule()  # a worker begins a test when it knows the next one: also one that takes the place of another
+
+        def remove_node(self, node: object) -> str | None:
+            """What a worker that crashed had still to do, but for the test that did it, is for the others.
+
+            Instead of pytest-xdist's, which gives out again what is done too, and then waits for ever for the worker
+            that was left with nothing to do.
+            """
+            todo = {}
+            for scope, tests in self.assigned_work.pop(node).items():
+                if left := {test: False for test, done in tests.items() if not done}:
+                    todo[scope] = left
+            if not todo:
+                return None
+            scope = next(iter(todo))
+            crashed = next(iter(todo[scope]))
+            del todo[scope][crashed]
+            self.workqueue.update({scope: left for scope, left in todo.items() if left})
+            for other in self.assigned_work:
+                self._reschedule(other)
+            return crashed
+
     return Scheduling(config, log)

@@ -840,31 +840,59 @@ def test_nothing_behind_the_histogram():
     assert (run.returncode, run.stdout) == (0, "512\n"), run.stderr
 
 
-def test_a_writer_at_the_same_time(level):  # noqa: F811
-    """Entries that change while they are copied may spoil what is counted, but nothing outside is read or written."""
-    rng = np.random.default_rng(7)
-    mm = lay(mixture("0/2/4", "old", 9000) + mixture("5", "old", 9000) + mixture("8/9", "none", 9000))
-    flat, stop = mm.entries.reshape(-1), threading.Event()
-    good = flat.copy()
-    bad = rng.integers(0, 1 << 63, len(flat), dtype=np.uint64)
-    bits = np.uint64(1) << rng.integers(0, 64, len(flat), dtype=np.uint64)
+def fork_beside(mm: Mm, write: Callable[[], None], forks: Sequence[dict[str, object]]) -> None:
+    """Fork again and again, with counts of its own every time, while a thread writes to the entries."""
+    stop = threading.Event()
 
-    def write() -> None:
+    def loop() -> None:
         while not stop.is_set():
-            for values in (bad, good ^ bits, good):
-                at = int(rng.integers(0, len(flat) - 2000))
-                flat[at : at + 2000] = values[at : at + 2000]
+            write()
 
-    thread = threading.Thread(target=write)
+    thread = threading.Thread(target=loop)
     thread.start()
     try:
-        for batching in (True, False) * 10:
+        for options in forks:
             other = copy_state(mm)
-            plan = ForkPlan(other, batching=batching)
-            plan.mm = mm  # the entries that are written to, with counts of their own
+            plan = ForkPlan(other, **options)
+            plan.mm = mm
             mm.folios = other.folios
             with contextlib.suppress(PtebatchError):
                 plan.run()
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_writer_at_the_same_time(level):  # noqa: F811
+    """Entries that change while they are copied may spoil what is counted, but nothing outside is read or written."""
+    rng = np.random.default_rng(7)
+    mm = lay(mixture("0/2/4", "old", 9000) + mixture("5", "old", 9000) + mixture("8/9", "none", 9000))
+    flat = mm.entries.reshape(-1)
+    good = flat.copy()
+    bad = rng.integers(0, 1 << 63, len(flat), dtype=np.uint64)
+    bits = np.uint64(1) << rng.integers(0, 64, len(flat), dtype=np.uint64)
+
+    def write() -> None:
+        for values in (bad, good ^ bits, good):
+            at = int(rng.integers(0, len(flat) - 2000))
+            flat[at : at + 2000] = values[at : at + 2000]
+
+    fork_beside(mm, write, [{"batching": True}, {"batching": False}] * 10)
+
+
+@pytest.mark.parametrize("value", ["far", "none", "swapped"])
+@pytest.mark.parametrize("orders", [(0,), (1,), (2, 4), (3,), (0, 2, 4), (5,), (9,)], ids=str)
+def test_a_writer_of_few_entries(level, orders, value, monkeypatch):  # noqa: F811
+    """Few entries change, again and again: between two looks at the same, sooner or later, and to what maps no page."""
+    monkeypatch.setattr(batch, "THREAD_SLOTS", 1)
+    rounds = 32768 // sum(1 << order for order in orders)
+    mm = lay([Piece(order) for _ in range(rounds) for order in orders])
+    some = mm.entries.reshape(-1)[4 : sum(rounds << order for order in orders) : 32]  # NumPy lets go of the GIL from 500 on
+    good = some.copy()
+    other = {"far": good ^ np.uint64(1 << 45), "none": np.uint64(0), "swapped": np.uint64(swp_entry(L, 0, 5))}[value]
+
+    def write() -> None:
+        some[:] = other
+        some[:] = good
+
+    fork_beside(mm, write, ([{}] * 3 + [{"batching": False}, {"threads": 2}]) * 30)

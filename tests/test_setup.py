@@ -123,3 +123,30 @@ def test_a_missing_compiler_is_named_in_one_line(compiler, package):
 def test_check_is_content_with_this_machine():
     done = make("check", f"PYTHON={sys.executable}")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+CRASHES = """
+import os
+import pytest
+
+@pytest.mark.parametrize("n", range(60))
+def test_one(n):
+    if n in (20, 45):
+        os._exit(1)
+"""
+
+
+def test_a_worker_that_crashes_fails_one_test(tmp_path):
+    """With ``-n`` all the other tests are run, each once: the gate says what failed, and does not wait for ever."""
+    pytest.importorskip("xdist")
+    path = str(ROOT / "tests" / "conftest.py")
+    (tmp_path / "test_crashes.py").write_text(CRASHES)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "conftest.py").write_text(
+        f"import runpy\npytest_xdist_make_scheduler = runpy.run_path({path!r})['pytest_xdist_make_scheduler']\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert "2 failed, 58 passed" in run.stdout, run.stdout + run.stderr

@@ -805,10 +805,10 @@ static inline size_t lane_check(const struct lane *l, const uint64_t *entries, s
 
 /* --- threads --------------------------------------------------------------------------------------------------------
  * Each thread has tables of its own. What they could have in common is folios: so in the read-only pass before the copy each
- * marks the pages that its tables map. Where no page is marked twice, a folio mapped whole belongs to one thread; for any
- * other large folio the lane looks for marks of the others. A batch that the lane does not copy is passed over, and left to
- * copy_present_ptes() when all threads are done. What batches of one folio share are counts: sums, for which the order makes
- * no difference, and none near its limit.
+ * marks the pages that its tables map. Where no page is marked twice, a large folio belongs to the thread that maps its first
+ * page; any other looks for marks of the others before it copies pages of it. A batch that the lane does not copy is passed
+ * over, and left to copy_present_ptes() when all threads are done. What batches of one folio share are counts: sums, for
+ * which the order makes no difference, and none near its limit.
  */
 enum { LANE_THREADS = 64, LANE_RESTS = 1024 };
 

@@ -373,7 +373,7 @@ LANE_TARGET static __attribute__((noinline)) size_t LANE(lane_broken)(struct lan
     const uint64_t w = l->words[page], pfn = l->extent_pfn + at;
     size_t done;
     if (!l->batching || !(w >> VALID_BIT_) || (w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1)) != (uint64_t)order
-        || !lane_large_ok(l, page, w) || (l->nr_others && !lane_sole(l, pfn, pages)))
+        || !lane_large_ok(l, page, w))
         return 0;
     left = lane_left(l, left, i, n);
     left = left ? left : l->ptrs < n - i ? l->ptrs : n - i;
@@ -826,7 +826,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
     }
     if (offset > page || nr_pages > l->nr_words - head || !lane_large_ok(l, head, w))
         return 0;
-    if (l->nr_others && !lane_sole(l, pfn - offset, nr_pages))
+    if (l->nr_others && offset && !lane_sole(l, pfn - offset, nr_pages))
         return 0;
     if (l->batching ? !lane_canonical(l, v) : l->writable != l->write)
         return 0;

@@ -162,23 +162,33 @@ def test_pages_next_to_those_of_another_thread(level, shares, folio):  # noqa: F
     assert_equal(mm, got, other, fork(other), LATEST)
 
 
-@pytest.mark.parametrize("nr", [8, 512], ids=["in part", "every folio"])
-def test_folios_shared_between_tables(level, shares, nr):  # noqa: F811
-    """Folios of which tables of two threads map a half each: more than one thread can leave for later singly."""
-    folios, start, head, tables = FolioTable(), 1 << 30, 4096, 8
+@pytest.mark.parametrize("nr", [16, 4096], ids=["a few, again and again", "many"])
+@pytest.mark.parametrize("order", [2, 4])
+def test_folios_shared_between_tables(level, shares, order, nr):  # noqa: F811
+    """Folios of which tables of two threads map a half each, in turn with others: more than a thread can leave singly.
+
+    Were they not left, the threads would count a few of them at the same time, again and again.
+    """
+    folios, start, tables, pages = FolioTable(), 1 << 30, 32, 1 << order
     vpns = np.arange(2 * tables) * 512 + (start >> 12)
     mm = Mm(L, folios, vmas=[Vma(start, start + (2 * tables << 21), VM_ALL, anon_vma=True)], vpns=vpns)
-    prot = vm_get_page_prot(L, VM_ALL) | L.write
-    for number in range(tables * 256):
-        for half in (0, 1):
-            shared = number % 512 < nr
-            if not (shared and half):
-                mapped = [1] * 4 if shared else [1, 1, 0, 0]
-                folios.add(head, 2, refcount=sum(mapped), mapcount=mapped, anon_exclusive=[n > 0 for n in mapped])
-                head += 4
-            first = head - 4 + 2 * (shared and half)
-            for slot, pfn in enumerate((first, first + 1), 2 * number):
-                mm.entries[tables * half + slot // 512, slot % 512] = np.uint64(mk_pte(L, pfn, prot))
+    entries, prot = mm.entries.reshape(2, -1), vm_get_page_prot(L, VM_ALL) | L.write
+    places = entries.shape[1] // pages
+    nr = min(nr, places // 2)
+    times = places // 2 // nr
+    for number in range(nr):
+        folios.add(4096 + number * pages, order, refcount=times * pages, mapcount=[times] * pages, anon_exclusive=times == 1)
+    for number in range(2 * (places // 2)):
+        folios.add(4096 + (nr + number) * pages, order, refcount=pages, mapcount=1, anon_exclusive=True)
+    entry = np.array([mk_pte(L, pfn, prot) for pfn in range(4096, 4096 + (nr + places) * pages)], dtype=np.uint64)
+    for place in range(places):
+        at = place * pages
+        for thread in (0, 1):
+            if place % 2:
+                first, part = nr + place - thread, slice(0, pages)  # a folio of its own
+            else:
+                first, part = place // 2 % nr, slice(thread * pages // 2, (thread + 1) * pages // 2)
+            entries[thread, at : at + pages][part] = entry[first * pages : (first + 1) * pages][part]
     other = copy_state(mm)
     got = fork(mm, threads=2)
     assert shares == [[tables * 512, 2 * tables * 512]] or level == "off"

@@ -631,8 +631,6 @@ LANE_INLINE uint64_t add_scalar(uint64_t a, uint64_t b) { return a + b; }
 LANE_INLINE uint64_t sub_scalar(uint64_t a, uint64_t b) { return a - b; }
 LANE_INLINE uint64_t shr_scalar(uint64_t a, int n) { return a >> n; }
 LANE_INLINE int nonzero_scalar(uint64_t a) { return a != 0; }
-LANE_INLINE unsigned same_scalar(uint64_t a, uint64_t b) { return a == b; }
-LANE_INLINE void store_some_scalar(uint64_t *p, unsigned some, uint64_t v) { *p = some & 1 ? v : *p; }
 LANE_INLINE int count_scalar(uint64_t a, uint64_t bit) { return (a & bit) != 0; }
 LANE_INLINE uint64_t choose_scalar(uint64_t x, uint64_t y, uint64_t a, uint64_t b) { return x == y ? a : b; }
 LANE_INLINE uint64_t fold_scalar(uint64_t a) { return a; }
@@ -673,10 +671,22 @@ LANE_TARGET LANE_INLINE unsigned same_avx2(__m256i a, __m256i b)
 {
     return (unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(a, b)));
 }
+LANE_TARGET LANE_INLINE __m256i behind_avx2(__m256i a, __m256i b)
+{
+    return _mm256_blend_epi32(_mm256_permute4x64_epi64(b, 0x90), _mm256_permute4x64_epi64(a, 0xff), 3);
+}
+LANE_TARGET LANE_INLINE __m256i lanes_avx2(unsigned some)
+{
+    const __m256i bits = _mm256_setr_epi64x(1, 2, 4, 8);
+    return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(some), bits), bits);
+}
 LANE_TARGET LANE_INLINE void store_some_avx2(uint64_t *p, unsigned some, __m256i v)
 {
-    const __m256i bits = _mm256_setr_epi64x(1, 2, 4, 8), mine = _mm256_and_si256(_mm256_set1_epi64x(some), bits);
-    _mm256_maskstore_epi64((long long *)p, _mm256_cmpeq_epi64(mine, bits), v);
+    _mm256_maskstore_epi64((long long *)p, lanes_avx2(some), v);
+}
+LANE_TARGET LANE_INLINE __m256i some_avx2(unsigned some, __m256i a, __m256i b)
+{
+    return _mm256_blendv_epi8(b, a, lanes_avx2(some));
 }
 LANE_TARGET LANE_INLINE int count_avx2(__m256i a, uint64_t bit)
 {
@@ -731,10 +741,12 @@ LANE_TARGET LANE_INLINE __m512i choose_avx512(__m512i x, __m512i y, __m512i a, _
     return _mm512_mask_blend_epi64(_mm512_cmpeq_epi64_mask(x, y), b, a);
 }
 LANE_TARGET LANE_INLINE unsigned same_avx512(__m512i a, __m512i b) { return _mm512_cmpeq_epi64_mask(a, b); }
+LANE_TARGET LANE_INLINE __m512i behind_avx512(__m512i a, __m512i b) { return _mm512_alignr_epi64(b, a, 7); }
 LANE_TARGET LANE_INLINE void store_some_avx512(uint64_t *p, unsigned some, __m512i v)
 {
     _mm512_mask_storeu_epi64(p, (__mmask8)some, v);
 }
+LANE_TARGET LANE_INLINE __m512i some_avx512(unsigned some, __m512i a, __m512i b) { return _mm512_mask_blend_epi64((__mmask8)some, b, a); }
 LANE_TARGET LANE_INLINE int count_avx512(__m512i a, uint64_t bit)
 {
     return __builtin_popcount(_mm512_test_epi64_mask(a, _mm512_set1_epi64((long long)bit)));

@@ -3,7 +3,9 @@
  * level's suffix, LANE_TARGET the level's target attribute, LANES the entries in a vector, and the vector operations
  * load, store, stream (store past the cache), set (all lanes), ramp (first, first + step, ...), and, andnot (~a & b), or, xor, add, sub, shr,
  * nonzero (any lane), count (lanes that have a bit), choose (x == y ? a : b in each lane), fold (OR of all lanes), apart
- * (nonzero unless every four lanes are places of the pages of a quad; of one lane, which says nothing, nonzero).
+ * (nonzero unless every four lanes are places of the pages of a quad; of one lane, which says nothing, nonzero). Of several
+ * lanes also: same (lanes that are equal, as bits), store_some (the lanes of such bits), some (those of one, the rest of the
+ * other), behind (the last lane of one, and all but the last of the other).
  */
 #define V LANE(vec)
 
@@ -200,6 +202,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_group)(struct lane *l, uint64_t *src, u
     return i;
 }
 
+#if LANES > 1
 /* LANES entries from the front that are none or map small folios, whatever their kinds; ahead entries may be read from src.
  * Returns how many of them: fewer than all in front of a page of another kind, 0 with nothing done if there are other
  * entries. */
@@ -245,6 +248,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_sparse)(struct lane *l, uint64_t *src, 
     l->wrprotected += __builtin_popcount(write);
     return done;
 }
+#endif
 
 /* One more mapping of LANES pages of a large folio; clear is the exclusive bit where the folio is anonymous. */
 LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, uint64_t clear)
@@ -256,10 +260,11 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
     LANE(store)(words, LANE(add)(LANE(andnot)(LANE(set)(clear), w), LANE(set)(l->page_mapcount)));
 }
 
-/* All batches among the first n entries, at most `wide` (constant where inlined: to LANE_WHOLE), that are none or map the
- * pages of one folio, each the page of its place from words on; v is the first. As many as `wide` may be read from src and
- * words; the table ends after `left`. Returns how many slots were dealt with, of which *mapped map a page; 0 if a mapcount is
- * near its limit. */
+#if LANES > 1
+/* All batches among the first n entries, at most `wide` (constant where inlined: to LANE_WHOLE), that are none, swapped out, or
+ * map the pages of one folio, each the page of its place from words on; v is the first. As many as `wide` may be read from src
+ * and words; the table ends after `left`. Returns how many slots were dealt with, of which *mapped map a page; 0 if a mapcount
+ * is near its limit. What was stored here in part is not loaded again: that would wait for all stores before it. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
                                                 size_t left, uint64_t v, uint64_t step, uint64_t clear, const size_t wide,
                                                 size_t *mapped)
@@ -269,17 +274,18 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     const uint64_t which = l->pfn_mask | l->present | l->valid | l->special;
     const V zero = LANE(set)(0), first = LANE(set)(v & which);
     const V ramp = LANE(ramp)(0, step);
-    V entries[MOST], before[MOST], near = zero;
+    V entries[MOST], before[MOST], kind = LANE(set)(~lane_changed(&l->norm, v)), near = zero;
     unsigned same = 0, none = 0, readonly = 0, shared = 0, begins = 0, todo, protect = 0;
-    uint64_t each[LANE_WHOLE], kinds[1 + LANE_WHOLE];
-    size_t k, done;
-    kinds[0] = ~lane_changed(&l->norm, v);
+    uint64_t each[LANE_WHOLE];
+    size_t k, done = n;
     for (k = 0; k < many; k++) {
-        const V place = LANE(add)(LANE(set)(k * LANES * step), ramp);
+        const V place = LANE(add)(LANE(set)(k * LANES * step), ramp), last = kind;
         entries[k] = LANE(load)(src + k * LANES);
         before[k] = LANE(load)(words + k * LANES);
         LANE(store)(each + k * LANES, entries[k]);
-        LANE(store)(kinds + 1 + k * LANES, LANE(sub)(LANE(lane_change)(&l->norm, entries[k]), place));
+        /* Where an entry does not go on with the batch of the one before it. */
+        kind = LANE(sub)(LANE(lane_change)(&l->norm, entries[k]), place);
+        begins |= (LANE(same)(LANE(behind)(last, kind), kind) ^ ALL) << k * LANES;
         same |= LANE(same)(LANE(and)(entries[k], LANE(set)(which)), LANE(add)(first, place)) << k * LANES;
         none |= LANE(same)(LANE(and)(entries[k], LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)) << k * LANES;
         readonly |= LANE(same)(LANE(and)(entries[k], LANE(set)(l->writable)), zero) << k * LANES;
@@ -288,19 +294,18 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     }
     if (LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2)))))
         return 0;
-    for (k = 0; k < many; k++) /* where an entry does not go on with the batch of the one before it */
-        begins |= (LANE(same)(LANE(load)(kinds + k * LANES), LANE(load)(kinds + 1 + k * LANES)) ^ ALL) << k * LANES;
-    done = (size_t)__builtin_ctz(~(same | none) | 1u << n);
-    same &= (1u << done) - 1;
-    for (todo = same; todo;) { /* batch by batch */
+    for (todo = ~none & ((1u << n) - 1); todo;) { /* batch by batch */
         const size_t from = (size_t)__builtin_ctz(todo);
-        const size_t nr = (size_t)__builtin_ctz(~(todo >> from) | (begins >> from & ~1u));
+        const size_t nr = (size_t)__builtin_ctz(~(todo & same) >> from | (begins >> from & ~1u));
         const unsigned mine = ((1u << nr) - 1) << from;
         const int any = (mine & ~readonly) != 0;
         uint64_t child;
-        if (from && !lane_canonical(l, each[from])) {
+        if (!nr && (k = lane_swap(l, src + from, dst + from, n - from)) != 0) {
+            todo &= ~(((1u << k) - 1) << from);
+            continue;
+        }
+        if (!nr || (from && !lane_canonical(l, each[from]))) {
             done = from;
-            same &= (1u << done) - 1;
             break;
         }
         child = lane_child(l, each[from], any) - from * step;
@@ -313,11 +318,16 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
         l->wrprotects += any && l->cow;
         todo &= ~mine;
     }
+    same &= (1u << done) - 1;
     for (k = 0; k < many; k++) {
+        const unsigned lanes = same >> k * LANES & ALL;
+        const V after = LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount));
         if (protect)
             LANE(store_some)(src + k * LANES, protect >> k * LANES & ALL, LANE(lane_change)(&l->wrprotect, entries[k]));
-        LANE(store_some)(words + k * LANES, same >> k * LANES & ALL,
-                         LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount)));
+        if ((k + 1) * LANES <= n) /* words of this folio only */
+            LANE(store)(words + k * LANES, LANE(some)(lanes, after, before[k]));
+        else
+            LANE(store_some)(words + k * LANES, lanes, after);
     }
     *mapped = (size_t)__builtin_popcount(same);
     l->wrprotected += __builtin_popcount(protect);
@@ -326,7 +336,6 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     return done;
 }
 
-#if LANES > 1
 /* The first n slots, at most LANE_WHOLE, which have the pages of a large folio from pfn and `page` on if they map anything;
  * w is a word of the folio, for which lane_large_ok() holds, and ahead entries may be read from src. Returns how many were
  * dealt with. */

@@ -349,6 +349,8 @@ ctypedef struct batch_scan:
     uint64_t any_young
     uint64_t any_dirty
     Py_ssize_t reads     # ptep_get() calls made by the scan
+    Py_ssize_t nr        # of entries found by it, the first of which maps the page of this word
+    Py_ssize_t page
 
 ctypedef struct walk:
     uint64_t prealloc    # PFN in hand, NO_PFN if none
@@ -953,6 +955,8 @@ cdef inline Py_ssize_t copy_present_ptes(uint64_t[:, ::1] dst, Py_ssize_t drow, 
                 B.reads = 0
                 nr = folio_pte_batch(src, srow, idx, pte, max_nr, L, B, W.stats + S_CONTPTE)
                 W.stats[S_PTEP_GET] += B.reads
+                B.nr = nr
+                B.page = page
                 if B.any_write:
                     p = pte_mkwrite(L, p, R.src_shadow_stack != 0)
         ret = folio_dup_ptes(M, page, head, nr, R, W)
@@ -1142,6 +1146,35 @@ cdef Py_ssize_t copy_nonpresent_pte(uint64_t[:, ::1] dst, Py_ssize_t drow, uint6
     return 0
 
 
+cdef inline Py_ssize_t copy_pinned_pages(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[:, ::1] src, Py_ssize_t srow,
+                                         Py_ssize_t *at, Py_ssize_t upto, const pte_layout *L, const copy_rules *R,
+                                         const memmap *M, const batch_scan *B, const uint64_t[::1] pool,
+                                         Py_ssize_t *used, walk *W) except -1 nogil:
+    """Behind a pinned page at[0] that was copied, those of its batch that have to be copied too.
+
+    For each of them what is left of the batch is found again, and that it cannot be shared: here that is counted only.
+    Returns how many pages were copied, that one included, or an E_ code with at[0] at the page that it is about.
+    """
+    cdef Py_ssize_t first = at[0], nr = 1, ret
+    cdef uint64_t w
+    while nr < B.nr and first + nr < upto and used[0] < pool.shape[0] and W.allocations:
+        w = M.words[B.page + nr]
+        if not w >> AE_BIT_ & 1 or R.copy_mc and w >> HWPOISON_BIT_ & 1:
+            break
+        at[0] = first + nr
+        W.allocations -= 1
+        W.stats[S_EAGAIN_ROUNDS] += 1
+        W.stats[S_PTEP_GET] += B.reads - nr
+        W.prealloc = pool[used[0]]
+        ret = copy_present_page(dst, drow, first + nr, src[srow, first + nr], w, L, R, M, W)
+        if ret < 0:
+            return ret
+        used[0] += 1
+        nr += 1
+    at[0] = first
+    return nr
+
+
 cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[:, ::1] src, Py_ssize_t srow,
                                       Py_ssize_t *at, Py_ssize_t upto, Py_ssize_t end, const pte_layout *L,
                                       const copy_rules *R, const memmap *M, swap_map *S, batch_scan *B,
@@ -1192,6 +1225,7 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
         if L.cont:  # what was read says whether the entry is present, and no more than that
             ptep_get(src, srow, idx, L, W.stats + S_CONTPTE, &pte)
         max_nr = end - idx if R.batching else 1
+        B.nr = 1
         ret = copy_present_ptes(dst, drow, src, srow, idx, pte, max_nr, L, R, M, B, W)
         if ret == -EAGAIN:
             if W.allocations == 0:
@@ -1204,6 +1238,9 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
             ret = copy_present_ptes(dst, drow, src, srow, idx, pte, max_nr, L, R, M, B, W)
             if W.prealloc == NO_PFN:
                 used[0] += 1
+                if ret == 1 and not L.cont:
+                    ret = copy_pinned_pages(dst, drow, src, srow, at, upto, L, R, M, B, pool, used, W)
+                retry = at[0] + B.nr  # the lane would stop at every page of the folio
             W.prealloc = NO_PFN
         if ret < 0:
             W.stats[S_PTEP_GET] += ret == -EHWPOISON  # read, but no batch to count it by

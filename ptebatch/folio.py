@@ -726,11 +726,13 @@ class FolioTable:
         return other
 
     def assign(self, other: FolioTable) -> None:
-        """Take over the state of another table; storage of the same size is written in place."""
-        for name in ("_words", "_aux", "_top", "_sub", "_section_of"):
+        """Take over the state of another table; storage of the same size, and larger of sections, is written in place."""
+        for name in ("_words", "_aux", "_section_of", "_top", "_sub"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if len(mine) == len(theirs):
-                mine[...] = theirs
+            room = len(mine) - len(theirs)
+            if not room or (room > 0 and name not in ("_top", "_sub")):
+                mine[: len(theirs)] = theirs
+                mine[len(theirs) :] = 0
             else:
                 setattr(self, name, memory.copy(theirs))
         for name in ("_nr_sections", "_near_limit", "_next_mm_id", "_free_hint", "zero_pfn", "huge_zero_pfn"):

@@ -640,6 +640,44 @@ def test_folios_with_gaps_that_are_like(level, like):  # noqa: F811
         check(lay(gapped(rng, orders, "all", 600, **LIKE[like]), at=4), (LATEST, True), what=f"{orders}", times=2)
 
 
+@pytest.mark.parametrize("fail_at", [None, 40, 77, 300])
+@pytest.mark.parametrize("run", RUNS[1:4] + RUNS[-2:], ids=lambda run: f"{run[0].version} {run[1]}")
+def test_pinned_folios_of_which_not_all_is_copied(level, run, fail_at):  # noqa: F811
+    """Pages that are not exclusive, poisoned ones, batches that end early and folios that go on, and no more memory."""
+    rng = random.Random(f"{run[0].version} {run[1]} {fail_at}")
+    pieces: list[Piece] = []
+    for _ in range(60):
+        order = rng.choice((0, 1, 2, 4, 4, 5))
+        nr, pinned = 1 << order, rng.random() < 0.7
+        pages = rng.sample(range(nr), rng.choice((0, 0, 1, nr // 2, nr)))
+        toggles = tuple((some(rng, order), rng.choice((L.young, L.write, L.uffd_wp))) for _ in range(rng.choice((0, 0, 2))))
+        pieces.append(Piece(order, shared=tuple(pages), toggles=toggles, bits=8 * pinned + 4 * (rng.random() < 0.01)))
+        first = some(rng, order)
+        pieces += [] if rng.random() < 0.6 else [replace(pieces[-1], first=first, nr=rng.randint(1, nr - first))]
+    for at in (0, 300):
+        mm = lay(pieces, at=at)
+        expected = forked(mm, *run, impl="reference", fail_at=fail_at)
+        assert expected.arrays and (fail_at is None or "error" in expected.rest[0] or expected.rest[3] < fail_at)
+        check(mm, run, expected, fail_at=fail_at)
+
+
+def test_pinned_memory_again_and_again(level):  # noqa: F811
+    """A plan that is reset has room for the pages that were copied, and what was in it is gone."""
+    mm = Workload(size=8 << 20, folio=(65536,), pinned=0.5).build()
+    before = copy_state(mm)
+    plan = ForkPlan(mm, keep=True)
+    first, room = plan.run().to_dict(), mm.folios._words
+    assert first["copied_pages"] > 64
+    pages = mm.folios.pages_table()
+    for _ in range(2):
+        plan.reset()
+        assert mm.folios == before.folios
+        assert np.array_equal(mm.entries, before.entries)
+        assert plan.run().to_dict() == first
+        assert mm.folios._words is room
+        assert all(np.array_equal(pages[name], now) for name, now in mm.folios.pages_table().items())
+
+
 @pytest.mark.parametrize("page", [0, 5, 15])
 def test_a_count_near_its_limit_beside_a_gap(level, page):  # noqa: F811
     mm = lay([Piece(4), Piece(4, WRITABLE, 0, 8), HOLE, Piece(4, WRITABLE, 9, 7, again=2), Piece(4)])

@@ -651,7 +651,8 @@ def test_pinned_folios_of_which_not_all_is_copied(level, run, fail_at):  # noqa:
         nr, pinned = 1 << order, rng.random() < 0.7
         pages = rng.sample(range(nr), rng.choice((0, 0, 1, nr // 2, nr)))
         toggles = tuple((some(rng, order), rng.choice((L.young, L.write, L.uffd_wp))) for _ in range(rng.choice((0, 0, 2))))
-        pieces.append(Piece(order, shared=tuple(pages), toggles=toggles, bits=8 * pinned + 4 * (rng.random() < 0.01)))
+        bits = 8 * pinned + 4 * (len(pieces) > 50 and rng.random() < 0.2)
+        pieces.append(Piece(order, shared=tuple(pages), toggles=toggles, bits=bits))
         first = some(rng, order)
         pieces += [] if rng.random() < 0.6 else [replace(pieces[-1], first=first, nr=rng.randint(1, nr - first))]
     for at in (0, 300):

@@ -1153,13 +1153,13 @@ cdef inline Py_ssize_t copy_pinned_pages(uint64_t[:, ::1] dst, Py_ssize_t drow, 
     """Behind a pinned page at[0] that was copied, those of its batch that have to be copied too.
 
     For each of them what is left of the batch is found again, and that it cannot be shared: here that is counted only.
-    Returns how many pages were copied, that one included, or an E_ code with at[0] at the page that it is about.
+    Returns how many pages were copied, that one included; or -EHWPOISON or an E_ code, with at[0] at that page.
     """
     cdef Py_ssize_t first = at[0], nr = 1, ret
     cdef uint64_t w
     while nr < B.nr and first + nr < upto and used[0] < pool.shape[0] and W.allocations:
         w = M.words[B.page + nr]
-        if not w >> AE_BIT_ & 1 or R.copy_mc and w >> HWPOISON_BIT_ & 1:
+        if not w >> AE_BIT_ & 1:
             break
         at[0] = first + nr
         W.allocations -= 1

@@ -64,6 +64,22 @@ def test_counts_of_a_2_mib_folio(impl_name, write, unfolds):
     assert cont_bits(mm) == ([] if write else list(range(32)))
 
 
+@pytest.mark.parametrize("cont", [False, True])
+def test_a_pinned_folio_is_read_again_for_each_of_its_pages(cont):
+    """In blocks, where it is folded: by the core as by the reference."""
+    outcomes = []
+    for impl in ("core", "reference"):
+        mm = space(order=6, first=5, nr=50, write=True, cont=cont)
+        mm.has_pinned, folio = True, mm.folios.folio(HEAD)
+        folio.pincount, folio.refcount = 1, folio.refcount + 1
+        for page in range(64):
+            mm.folios.page(HEAD + page).anon_exclusive = page != 40
+        got = fork(mm, semantics=V6_18, impl=impl)
+        assert got.stats.copied_pages == 49
+        outcomes.append((got.stats.to_dict(), mm.entries.tolist(), got.child.entries.tolist()))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_without_contpte_the_bit_is_one_like_any_other(impl_name):
     mm = space(cont=True)
     result = fork(mm, semantics=V6_18.replace(contpte=False), impl=impl_name)

@@ -726,7 +726,7 @@ class FolioTable:
         return other
 
     def assign(self, other: FolioTable) -> None:
-        """Take over the state of another table; storage of the same size, and larger of sections, is written in place."""
+        """Take over the state of another table; storage of the same size, or more for sections, is written in place."""
         for name in ("_words", "_aux", "_section_of", "_top", "_sub"):
             mine, theirs = getattr(self, name), getattr(other, name)
             room = len(mine) - len(theirs)

@@ -57,7 +57,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
 
         def schedule(self) -> None:
             super().schedule()
-            super().schedule()  # a worker begins a test when it knows the next one: also one that takes the place of another
+            super().schedule()  # a worker begins a test when it knows the next: also one in the place of another
 
         def remove_node(self, node: object) -> str | None:
             """What a worker that crashed had still to do, but for the test that did it, is for the others.

@@ -650,7 +650,8 @@ def test_pinned_folios_of_which_not_all_is_copied(level, run, fail_at):  # noqa:
         order = rng.choice((0, 1, 2, 4, 4, 5))
         nr, pinned = 1 << order, rng.random() < 0.7
         pages = rng.sample(range(nr), rng.choice((0, 0, 1, nr // 2, nr)))
-        toggles = tuple((some(rng, order), rng.choice((L.young, L.write, L.uffd_wp))) for _ in range(rng.choice((0, 0, 2))))
+        nr_toggles = rng.choice((0, 0, 2))
+        toggles = tuple((some(rng, order), rng.choice((L.young, L.write, L.uffd_wp))) for _ in range(nr_toggles))
         bits = 8 * pinned + 4 * (len(pieces) > 50 and rng.random() < 0.2)
         pieces.append(Piece(order, shared=tuple(pages), toggles=toggles, bits=bits))
         first = some(rng, order)
@@ -926,7 +927,8 @@ def test_a_writer_of_few_entries(level, orders, value, monkeypatch):  # noqa: F8
     monkeypatch.setattr(batch, "THREAD_SLOTS", 1)
     rounds = 32768 // sum(1 << order for order in orders)
     mm = lay([Piece(order) for _ in range(rounds) for order in orders])
-    some = mm.entries.reshape(-1)[4 : sum(rounds << order for order in orders) : 32]  # NumPy lets go of the GIL from 500 on
+    # So many that NumPy lets go of the GIL: from 500 on.
+    some = mm.entries.reshape(-1)[4 : sum(rounds << order for order in orders) : 32]
     good = some.copy()
     other = {"far": good ^ np.uint64(1 << 45), "none": np.uint64(0), "swapped": np.uint64(swp_entry(L, 0, 5))}[value]
 

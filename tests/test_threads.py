@@ -176,10 +176,10 @@ def test_folios_shared_between_tables(level, shares, order, nr):  # noqa: F811
     places = entries.shape[1] // pages
     nr = min(nr, places // 2)
     times = places // 2 // nr
-    for number in range(nr):
-        folios.add(4096 + number * pages, order, refcount=times * pages, mapcount=[times] * pages, anon_exclusive=times == 1)
-    for number in range(2 * (places // 2)):
-        folios.add(4096 + (nr + number) * pages, order, refcount=pages, mapcount=1, anon_exclusive=True)
+    for number in range(nr + 2 * (places // 2)):
+        maps = times if number < nr else 1
+        head = 4096 + number * pages
+        folios.add(head, order, refcount=maps * pages, mapcount=maps, anon_exclusive=maps == 1)
     entry = np.array([mk_pte(L, pfn, prot) for pfn in range(4096, 4096 + (nr + places) * pages)], dtype=np.uint64)
     for place in range(places):
         at = place * pages

@@ -1240,7 +1240,8 @@ cdef inline Py_ssize_t copy_pte_range(uint64_t[:, ::1] dst, Py_ssize_t drow, uin
                 used[0] += 1
                 if ret == 1 and not L.cont:
                     ret = copy_pinned_pages(dst, drow, src, srow, at, upto, L, R, M, B, pool, used, W)
-                retry = at[0] + B.nr  # the lane would stop at every page of the folio
+                if B.nr > 1:
+                    retry = at[0] + B.nr  # the lane would stop at every page of the folio
             W.prealloc = NO_PFN
         if ret < 0:
             W.stats[S_PTEP_GET] += ret == -EHWPOISON  # read, but no batch to count it by

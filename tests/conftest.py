@@ -57,7 +57,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
 
         def schedule(self) -> None:
             super().schedule()
-            super().schedule()  # a worker begins a test when it knows the next: also one in the place of another
+            if self.collection is not None:
+                super().schedule()  # a worker begins a test when it knows the next: also one in the place of another
+
+        def _reschedule(self, node: object) -> None:
+            if node in self.registered_collections:  # else it is given tests when it has collected them
+                super()._reschedule(node)
 
         def remove_node(self, node: object) -> str | None:
             """What a worker that crashed had still to do, but for the test that did it, is for the others.

@@ -746,7 +746,10 @@ LANE_TARGET LANE_INLINE void store_some_avx512(uint64_t *p, unsigned some, __m51
 {
     _mm512_mask_storeu_epi64(p, (__mmask8)some, v);
 }
-LANE_TARGET LANE_INLINE __m512i some_avx512(unsigned some, __m512i a, __m512i b) { return _mm512_mask_blend_epi64((__mmask8)some, b, a); }
+LANE_TARGET LANE_INLINE __m512i some_avx512(unsigned some, __m512i a, __m512i b)
+{
+    return _mm512_mask_blend_epi64((__mmask8)some, b, a);
+}
 LANE_TARGET LANE_INLINE int count_avx512(__m512i a, uint64_t bit)
 {
     return __builtin_popcount(_mm512_test_epi64_mask(a, _mm512_set1_epi64((long long)bit)));

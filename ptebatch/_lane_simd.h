@@ -484,7 +484,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         ramp[k] = LANE(ramp)(k * LANES * step, step);
     while (i + pages <= n) {
         const size_t from = i;
-        const uint64_t first = src[i], first_pfn = ((first ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, first_at = first_pfn - extent_pfn;
+        const uint64_t first = src[i], first_pfn = ((first ^ flip) & pfn_mask) >> LANE_PFN_SHIFT;
+        const uint64_t first_at = first_pfn - extent_pfn;
         uint64_t flags, protect, child;
         struct lane_like *t;
         V before[MOST], after[MOST];

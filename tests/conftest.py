@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -63,6 +64,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
         def _reschedule(self, node: object) -> None:
             if node in self.registered_collections:  # else it is given tests when it has collected them
                 super()._reschedule(node)
+
+        def _assign_work_unit(self, node: object) -> None:
+            with contextlib.suppress(OSError):  # it crashed a moment ago: remove_node() is to come, and finds this too
+                super()._assign_work_unit(node)
 
         def remove_node(self, node: object) -> str | None:
             """What a worker that crashed had still to do, but for the test that did it, is for the others.

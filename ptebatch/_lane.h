@@ -33,7 +33,8 @@
  * What one more mapping makes of a folio that is mapped whole is worked out for one folio and kept, for two kinds of each
  * order (struct lane_like): those that are the same but for where they are, entries and words, are only compared and stored,
  * and counted in the end (lane_settle). Cases go on for as long as they hold, over table ends too: what makes them fast is
- * that no entry waits for what the one before it was found to be. Prefetched are the words of the pages of entries ahead.
+ * that no entry waits for what the one before it was found to be. Prefetched are the words of the pages of entries ahead, and
+ * the entries: the CPU's own prefetch, with three arrays read and written at once, stays too close behind the stores.
  * Where the child's entries are too many for the cache (bypass), large folios' are written past it.
  *
  * Write-protection needs of a folio only its size: lane_protect_run.

@@ -524,6 +524,10 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
                         LANE_PREFETCH_L2(aux, next);
                 }
             }
+            if (!bypass) {
+                lane_stream(src + i, pages);
+                lane_stream(dst + i, pages);
+            }
             for (k = 0; k < pages / LANES; k++) {
                 entries[k] = LANE(add)(LANE(set)(head), ramp[k]);
                 differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k * LANES), entries[k]));
@@ -722,8 +726,9 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_alike)(struct lane *l, uint64_t *src, u
             LANE_PREFETCH_AT(aux, (((src[i + pages] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn);
         for (k = 0; k < pages; k += MANY * LANES) {
             V differ = LANE(set)(0), many[MANY];
-            if (bypass)
-                lane_stream(src + i + k, MANY * LANES);
+            lane_stream(src + i + k, MANY * LANES);
+            if (!bypass)
+                lane_stream(dst + i + k, MANY * LANES);
             if (prefetch && i + k + distance < ahead) {
                 uint64_t words_far = (((src[i + k + distance] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
                 for (j = 0; j < MANY * LANES; j += LANE_LINE)

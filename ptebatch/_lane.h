@@ -34,7 +34,7 @@
  * order (struct lane_like): those that are the same but for where they are, entries and words, are only compared and stored,
  * and counted in the end (lane_settle). Cases go on for as long as they hold, over table ends too: what makes them fast is
  * that no entry waits for what the one before it was found to be. Prefetched are the words of the pages of entries ahead, and
- * entries of both tables: three arrays written at once are more than the CPU fetches by itself in time.
+ * entries of both tables, the child's not where they are written past the cache.
  * Where the child's entries are too many for the cache (bypass), large folios' are written past it.
  *
  * Write-protection needs of a folio only its size: lane_protect_run.

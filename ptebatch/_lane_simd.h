@@ -524,7 +524,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
                         LANE_PREFETCH_L2(aux, next);
                 }
             }
-            if (!bypass) {
+            if (!bypass && pages > 2) { /* asked for every two entries, it costs more than it brings */
                 lane_stream(src + i, pages);
                 lane_stream(dst + i, pages);
             }

@@ -460,6 +460,7 @@ def unprivileged(body: str) -> str:
     """What a script says as nobody."""
     script = f"""
 import ctypes, json, os, tempfile
+import numpy.ma  # by np.unique, later: nobody cannot read it where the project lies in a directory of root's
 from ptebatch.capture import capture
 from ptebatch.errors import *
 from ptebatch.fork import fork

@@ -125,21 +125,17 @@ enum { LANE_PFN_SHIFT = 12 }; /* of entries; lane_entries in _core.pyx keeps out
 /* How many entries ahead the words of pages are fetched: of small and of large folios; and where it is all too much for the
  * cache, and they come from memory. A CPU can wait for more lines on their way to its second cache than to its first: so they
  * are fetched in two steps then, unless a folio has many lines, one behind the other, which it fetches by itself. */
-enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_LARGE = 256, LANE_AHEAD_SMALL_FAR = 128, LANE_AHEAD_LARGE_FAR = 512 };
+enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_SMALL_FAR = 128, LANE_AHEAD_LARGE = 512 /* whole folios of any size */ };
 enum { LANE_NEAR_SMALL = 16, LANE_NEAR_LARGE = 32 };     /* the second step */
 enum { LANE_AHEAD_STREAM = 64, LANE_LINE = 8 };          /* of the tables themselves; entries in a cache line */
 enum { LANE_STREAMS = 4, LANE_LONG = 1024 };             /* of the read-only pass, and from how many entries in each */
 enum { LANE_SHORT = 32, LANE_SHORT_RUNS = 4 }; /* entries that are a short run; after so many of them lane_quads is tried */
+enum { LANE_FEW = 8, LANE_BOTH = 64 };         /* folios of one kind that are few, and of both kinds that are gone through then */
 enum { LANE_WHOLE = 16, LANE_ORDERS = 10 };    /* most pages of a folio that is held in registers; orders of a table's */
 
 LANE_INLINE size_t lane_ahead(int far)
 {
     return far ? LANE_AHEAD_SMALL_FAR : LANE_AHEAD_SMALL;
-}
-
-LANE_INLINE size_t lane_ahead_large(int far)
-{
-    return far ? LANE_AHEAD_LARGE_FAR : LANE_AHEAD_LARGE;
 }
 
 /* n entries (constant where inlined) are about to be worked on: fetch those a while behind them. */

@@ -463,106 +463,141 @@ LANE_TARGET LANE_INLINE int LANE(lane_whole_one)(struct lane *l, uint64_t *src, 
     return 1;
 }
 
+/* Load the words of a kind of folios, before and after. */
+LANE_TARGET LANE_INLINE void LANE(lane_words)(const struct lane_like *t, V *before, V *after, const size_t pages)
+{
+    size_t k = 0;
+    for (; k < pages / LANES; k++) {
+        before[k] = LANE(load)(t->before + k * LANES);
+        after[k] = LANE(load)(t->after + k * LANES);
+    }
+}
+
+/* Folios from src[i] on and before src[n] that are mapped whole by entries and have words like one of the two kinds met last:
+ * like that of number `second` only, or if `both` (constant where inlined, as pages) like any of the two. Counts those like
+ * the second in *seconds too; returns where it stopped. flip is what of entries' PFNs is inverted. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_whole_run)(const struct lane *l, const struct lane_like *likes, uint64_t *src,
+                                                    uint64_t *dst, size_t i, size_t n, size_t ahead, uint64_t flip, uint64_t step,
+                                                    size_t second, const int both, const size_t pages, size_t *seconds)
+{
+    enum { MOST = 16 / LANES };
+    const uint64_t pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn;
+    const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
+    const int slots = l->mm_id && pages < 4, prefetch = l->prefetch, bypass = LANE(may_bypass)(l, dst); /* slots in aux */
+    const int far = l->far, write = both ? likes[0].write | likes[1].write : likes[second].write;
+    const size_t near = far ? LANE_NEAR_LARGE : LANE_AHEAD_LARGE;
+    uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at;
+    const struct lane_like *t = likes + second;
+    const size_t from = i;
+    uint64_t flags = t->flags, protect = t->protect, child = t->child;
+    V ramp[MOST], before[MOST], after[MOST];
+    size_t k;
+    LANE(lane_words)(t, before, after, pages);
+    for (k = 0; k < pages / LANES; k++)
+        ramp[k] = LANE(ramp)(k * LANES * step, step);
+    for (; i + pages <= n; i += pages) {
+        V entries[MOST], differ = LANE(set)(0);
+        const uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn;
+        if (at >= room || pfn & (pages - 1))
+            break;
+        if (both) {
+            second = (head & ~pfn_mask) + words[at] == likes[1].key;
+            t = likes + second;
+            flags = t->flags;
+            protect = t->protect;
+            child = t->child;
+            LANE(lane_words)(t, before, after, pages);
+        }
+        if ((head & ~pfn_mask) != flags)
+            break;
+        if (slots && ((aux[at] ^ t->aux[0]) | (aux[at + 1] ^ t->aux[1])))
+            break;
+        if (prefetch && i + LANE_AHEAD_LARGE + 16 <= ahead) {
+            uint64_t next = (((src[i + near] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+            LANE_PREFETCH_AT(words, next);
+            if (pages == 16)
+                LANE_PREFETCH_AT(words, next + LANE_LINE);
+            if (slots)
+                LANE_PREFETCH_AT(aux, next);
+            if (far) {
+                next = (((src[i + LANE_AHEAD_LARGE] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+                LANE_PREFETCH_L2(words, next);
+                if (pages == 16)
+                    LANE_PREFETCH_L2(words, next + LANE_LINE);
+                if (slots)
+                    LANE_PREFETCH_L2(aux, next);
+            }
+        }
+        if (!bypass && pages > 2) { /* asked for every two entries, it costs more than it brings */
+            lane_stream(src + i, pages);
+            lane_stream(dst + i, pages);
+        }
+        for (k = 0; k < pages / LANES; k++) {
+            entries[k] = LANE(add)(LANE(set)(head), ramp[k]);
+            differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k * LANES), entries[k]));
+            differ = LANE(or)(differ, LANE(xor)(LANE(load)(words + at + k * LANES), before[k]));
+        }
+        if (LANE(nonzero)(differ))
+            break;
+        for (k = 0; k < pages / LANES; k++) {
+            if (write)
+                LANE(store)(src + i + k * LANES, LANE(add)(entries[k], LANE(set)(protect)));
+            LANE(put)(bypass, dst + i + k * LANES, LANE(add)(entries[k], LANE(set)(child)));
+            LANE(store)(words + at + k * LANES, after[k]);
+        }
+        if (slots) {
+            aux[at] = t->aux_after[0];
+            aux[at + 1] = t->aux_after[1];
+        }
+        *seconds += both ? second : 0;
+    }
+    *seconds += both || !second ? 0 : (i - from) / pages;
+    return i;
+}
+
 /* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, the first of which is v, each
- * mapped whole. Those like one of the two kinds met last are only compared and stored. Returns the entries copied. The
- * first table ends after `left` entries, and every further one after l->ptrs more; no folio crosses an end. */
+ * mapped whole. Those like one of the two kinds met last are only compared and stored: runs of one kind, or of both if few
+ * of one kind follow each other, which could not be predicted. Returns the entries copied. The first table ends after `left`
+ * entries, and every further one after l->ptrs more; no folio crosses an end. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
                                                 size_t ahead, uint64_t v, const size_t pages, const int order)
 {
-    enum { MOST = 16 / LANES };
     struct lane_like *const likes = l->likes[order];
-    const uint64_t pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn, hard = l->present | l->valid | l->special;
+    const uint64_t hard = l->present | l->valid | l->special, step = lane_step(l, v), flip = v & l->valid ? 0 : l->inverted;
     const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
-    const uint64_t flip = v & l->valid ? 0 : l->inverted, step = lane_step(l, v);
-    const int slots = l->mm_id && pages < 4, prefetch = l->prefetch, bypass = LANE(may_bypass)(l, dst); /* slots in aux */
-    uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at;
-    const int far = l->far;
-    const size_t distance = lane_ahead_large(far), near = far ? LANE_NEAR_LARGE : distance;
-    V ramp[MOST];
-    size_t i = 0, k;
-    for (k = 0; k < pages / LANES; k++)
-        ramp[k] = LANE(ramp)(k * LANES * step, step);
+    size_t i = 0;
+    int both = 0;
     while (i + pages <= n) {
-        const size_t from = i;
-        const uint64_t first = src[i], first_pfn = ((first ^ flip) & pfn_mask) >> LANE_PFN_SHIFT;
-        const uint64_t first_at = first_pfn - extent_pfn;
-        uint64_t flags, protect, child;
-        struct lane_like *t;
-        V before[MOST], after[MOST];
-        int write;
-        if (first_at >= room || first_pfn & (pages - 1) || (first ^ v) & hard)
+        const size_t from = i, until = n - i > LANE_BOTH * pages ? i + LANE_BOTH * pages : n;
+        const uint64_t first = src[i], pfn = ((first ^ flip) & l->pfn_mask) >> LANE_PFN_SHIFT, at = pfn - l->extent_pfn;
+        size_t second, seconds = 0, done;
+        if (at >= room || pfn & (pages - 1) || (first ^ v) & hard)
             break;
-        t = likes + ((first & ~pfn_mask) + words[first_at] == likes[1].key);
-        flags = t->flags;
-        write = t->write;
-        protect = t->protect;
-        child = t->child;
-        for (k = 0; k < pages / LANES; k++) {
-            before[k] = LANE(load)(t->before + k * LANES);
-            after[k] = LANE(load)(t->after + k * LANES);
-        }
-        for (; i + pages <= n; i += pages) {
-            V entries[MOST], differ = LANE(set)(0);
-            const uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn;
-            if (at >= room || pfn & (pages - 1) || (head & ~pfn_mask) != flags)
-                break;
-            if (slots && ((aux[at] ^ t->aux[0]) | (aux[at + 1] ^ t->aux[1])))
-                break;
-            if (prefetch && i + distance + 16 <= ahead) {
-                uint64_t next = (((src[i + near] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
-                LANE_PREFETCH_AT(words, next);
-                if (pages == 16)
-                    LANE_PREFETCH_AT(words, next + LANE_LINE);
-                if (slots)
-                    LANE_PREFETCH_AT(aux, next);
-                if (far) {
-                    next = (((src[i + distance] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
-                    LANE_PREFETCH_L2(words, next);
-                    if (pages == 16)
-                        LANE_PREFETCH_L2(words, next + LANE_LINE);
-                    if (slots)
-                        LANE_PREFETCH_L2(aux, next);
-                }
-            }
-            if (!bypass && pages > 2) { /* asked for every two entries, it costs more than it brings */
-                lane_stream(src + i, pages);
-                lane_stream(dst + i, pages);
-            }
-            for (k = 0; k < pages / LANES; k++) {
-                entries[k] = LANE(add)(LANE(set)(head), ramp[k]);
-                differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k * LANES), entries[k]));
-                differ = LANE(or)(differ, LANE(xor)(LANE(load)(words + at + k * LANES), before[k]));
-            }
-            if (LANE(nonzero)(differ))
-                break;
-            for (k = 0; k < pages / LANES; k++) {
-                if (write)
-                    LANE(store)(src + i + k * LANES, LANE(add)(entries[k], LANE(set)(protect)));
-                LANE(put)(bypass, dst + i + k * LANES, LANE(add)(entries[k], LANE(set)(child)));
-                LANE(store)(words + at + k * LANES, after[k]);
-            }
-            if (slots) {
-                aux[at] = t->aux_after[0];
-                aux[at + 1] = t->aux_after[1];
-            }
-        }
-        t->folios += (int64_t)((i - from) / pages);
-        if (i > from)
+        second = (first & ~l->pfn_mask) + l->words[l->extent_at + at] == likes[1].key;
+        if (pages > 2 && both)
+            i = LANE(lane_whole_run)(l, likes, src, dst, i, until, ahead, flip, step, second, 1, pages, &seconds);
+        else
+            i = LANE(lane_whole_run)(l, likes, src, dst, i, n, ahead, flip, step, second, 0, pages, &seconds);
+        done = (i - from) / pages;
+        likes[0].folios += (int64_t)(done - seconds);
+        likes[1].folios += (int64_t)seconds;
+        both = both ? seconds && seconds < done : done < LANE_FEW;
+        if (done)
             continue;
         /* The place that was checked: the loop read this entry again, and it may have been written to since. */
-        if (LANE(lane_whole_one)(l, src + i, dst + i, first_at, pages, order)) {
+        if (LANE(lane_whole_one)(l, src + i, dst + i, at, pages, order)) {
             i += pages;
             continue;
         }
 #if LANES > 1
-        k = LANE(lane_broken)(l, src, dst, i, n, left, ahead, first_at, order);
-        if (k == pages) {
-            i += k;
+        done = LANE(lane_broken)(l, src, dst, i, n, left, ahead, at, order);
+        if (done == pages) {
+            i += done;
             continue;
         }
-        if (k) {
+        if (done) {
             lane_behind(l, i, n, left, pages);
-            return i + k;
+            return i + done;
         }
 #endif
         break;
@@ -629,7 +664,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
     const int prefetch = l->prefetch;
     uint64_t counts[LANES];
     V same = LANE(ramp)(v, step), exclusive = LANE(set)(0), seen = LANE(set)(like);
-    const size_t distance = lane_ahead_large(l->far);
+    const size_t distance = LANE_AHEAD_LARGE;
     size_t k = 0, lane, nr_usual = 0, j;
     if (prefetch && n < ahead)
         LANE_PREFETCH_AT(l->aux, ((src[n] & l->pfn_mask) >> LANE_PFN_SHIFT) + extent);
@@ -703,13 +738,14 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_alike)(struct lane *l, uint64_t *src, u
     const int mm_id = l->mm_id, prefetch = l->prefetch, bypass = LANE(may_bypass)(l, dst);
     const V next = LANE(set)(step * LANES), ramp = LANE(ramp)(0, step);
     uint64_t *const all = l->words + l->extent_at, *const aux = l->aux + l->extent_at;
-    const size_t distance = lane_ahead_large(l->far);
+    const int write = likes[0].write | likes[1].write;
     size_t i = 0, k, j;
     for (; i + pages <= n; i += pages) {
         const uint64_t head = src[i], pfn = ((head ^ flip) & pfn_mask) >> LANE_PFN_SHIFT, at = pfn - extent_pfn;
         const uint64_t flags = head & ~pfn_mask;
         uint64_t *const words = all + at;
         struct lane_like *t;
+        uint64_t next_at = at; /* of the folio whose words are fetched */
         V same = LANE(add)(LANE(set)(head), ramp), usual, usually, protect, child;
         if (at >= room || pfn & (pages - 1) || (head ^ v) & hard)
             break;
@@ -722,18 +758,19 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_alike)(struct lane *l, uint64_t *src, u
         usually = LANE(set)(t->after[2]);
         protect = LANE(set)(t->protect);
         child = LANE(set)(t->child);
-        if (prefetch && mm_id && i + pages < ahead)
-            LANE_PREFETCH_AT(aux, (((src[i + pages] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn);
+        if (prefetch && i + LANE_AHEAD_LARGE < ahead) {
+            next_at = (((src[i + LANE_AHEAD_LARGE] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
+            if (mm_id)
+                LANE_PREFETCH_AT(aux, next_at);
+            LANE_PREFETCH_AT(src, i + 2 * LANE_AHEAD_LARGE);
+        }
         for (k = 0; k < pages; k += MANY * LANES) {
             V differ = LANE(set)(0), many[MANY];
             lane_stream(src + i + k, MANY * LANES);
             if (!bypass)
                 lane_stream(dst + i + k, MANY * LANES);
-            if (prefetch && i + k + distance < ahead) {
-                uint64_t words_far = (((src[i + k + distance] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
-                for (j = 0; j < MANY * LANES; j += LANE_LINE)
-                    LANE_PREFETCH_AT(all, words_far + j);
-            }
+            for (j = 0; j < MANY * LANES; j += LANE_LINE)
+                LANE_PREFETCH_AT(all, next_at + k + j);
             for (j = 0; j < MANY; j++) {
                 many[j] = j ? LANE(add)(many[j - 1], next) : same;
                 differ = LANE(or)(differ, LANE(xor)(LANE(load)(src + i + k + j * LANES), many[j]));
@@ -742,7 +779,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_alike)(struct lane *l, uint64_t *src, u
             if (LANE(nonzero)(differ))
                 break;
             for (j = 0; j < MANY; j++) {
-                if (likes[0].write | likes[1].write)
+                if (write)
                     LANE(store)(src + i + k + j * LANES, LANE(add)(many[j], protect));
                 LANE(put)(bypass, dst + i + k + j * LANES, LANE(add)(many[j], child));
                 LANE(store)(words + k + j * LANES, usually);
@@ -1153,7 +1190,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_protect_alike)(struct lane *l, uint64_t
     const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
     const V lanes = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT)), next = LANE(set)(LANES << LANE_PFN_SHIFT);
     const uint64_t *const words = l->words + l->extent_at;
-    const size_t distance = lane_ahead_large(l->far), fetch = l->prefetch && ahead > distance ? ahead - distance : 0;
+    const size_t distance = LANE_AHEAD_LARGE, fetch = l->prefetch && ahead > distance ? ahead - distance : 0;
     size_t i = 0, k;
     for (; i + pages <= n; i += pages) {
         const uint64_t place = src[i] & pfn_mask, at = (place >> LANE_PFN_SHIFT) - extent_pfn, head = place | flags;

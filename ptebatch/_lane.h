@@ -347,23 +347,38 @@ LANE_INLINE uint64_t lane_child(const struct lane *l, uint64_t v, int any)
     return (v & l->child_keep) | l->child_set;
 }
 
+/* Place of the slot that a swap entry is of, nr_slots where it is not known or the entry is something else. Slots of
+ * neighbouring entries are mostly neighbours too, and slots lie close. */
+LANE_INLINE size_t lane_slot(const struct lane *l, uint64_t v)
+{
+    const uint64_t type = v >> l->swp_type_shift & l->swp_type_mask;
+    uint64_t key;
+    size_t at = l->next_slot;
+    if (v & l->present || (v & ~l->none_ignore) == l->none_value || type >= l->swp_types)
+        return l->nr_slots;
+    key = type << KEY_TYPE_SHIFT_ | ((v ^ l->swp_inverted) >> l->swp_offset_shift & l->swp_offset_mask);
+    if (at < l->nr_slots && l->slots[at] == key)
+        return at;
+    at = l->nr_slots ? key - l->slots[0] : 0;
+    return at < l->nr_slots && l->slots[at] == key ? at : l->nr_slots;
+}
+
+LANE_INLINE void lane_swapped(struct lane *l, size_t n)
+{
+    l->swapped += (int64_t)n;
+    l->reads += 2 * (int64_t)n;
+    l->rss[2] += (int64_t)n;
+}
+
 /* Entries from the front of n of pages that are swapped out, to slots that are known and have few references; returns how
- * many. Slots of neighbouring entries are mostly neighbours too, and slots lie close. */
+ * many. */
 LANE_INLINE size_t lane_swap(struct lane *l, uint64_t *src, uint64_t *dst, size_t n)
 {
-    size_t i = 0, at;
+    size_t i = 0;
     for (; i < n; i++) {
-        uint64_t v = src[i], type = v >> l->swp_type_shift & l->swp_type_mask, key;
-        if (v & l->present || (v & ~l->none_ignore) == l->none_value || type >= l->swp_types)
-            break;
-        key = type << KEY_TYPE_SHIFT_ | ((v ^ l->swp_inverted) >> l->swp_offset_shift & l->swp_offset_mask);
-        at = l->next_slot;
-        if (at >= l->nr_slots || l->slots[at] != key) {
-            at = l->nr_slots ? key - l->slots[0] : 0;
-            if (at >= l->nr_slots || l->slots[at] != key)
-                break;
-        }
-        if ((uint64_t)l->slot_counts[at] >= SWAP_MAP_MAX_)
+        uint64_t v = src[i];
+        const size_t at = lane_slot(l, v);
+        if (at >= l->nr_slots || (uint64_t)l->slot_counts[at] >= SWAP_MAP_MAX_)
             break;
         l->slot_counts[at]++;
         l->next_slot = at + 1;
@@ -371,9 +386,7 @@ LANE_INLINE size_t lane_swap(struct lane *l, uint64_t *src, uint64_t *dst, size_
             src[i] = v &= ~l->swp_exclusive;
         dst[i] = v & l->swp_keep;
     }
-    l->swapped += (int64_t)i;
-    l->reads += 2 * (int64_t)i;
-    l->rss[2] += (int64_t)i;
+    lane_swapped(l, i);
     return i;
 }
 
@@ -612,6 +625,7 @@ static const uint64_t lane_third[16] = { 0, 0, ~(uint64_t)0 }, lane_fourth[16] =
 
 #define LANE(name) name##_scalar
 #define LANE4(name) name##_scalar
+#define lane_swaps_scalar lane_swap
 #define LANE_TARGET
 #define LANES 1
 typedef uint64_t vec_scalar;

@@ -261,6 +261,35 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
 }
 
 #if LANES > 1
+/* As lane_swap, LANES entries at a time where they are of one swap area and their slots neighbours. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n)
+{
+    const uint64_t type_bits = l->swp_type_mask << l->swp_type_shift;
+    size_t i = 0;
+    for (; i + LANES <= n && !(src[i + LANES - 1] & l->present); i += LANES) {
+        const size_t at = lane_slot(l, src[i]);
+        const V v = LANE(load)(src + i), was = LANE(andnot)(LANE(set)(l->swp_exclusive), v);
+        V keys, counts, bad;
+        if (at >= l->nr_slots || LANES > l->nr_slots - at)
+            break;
+        keys = LANE(and)(LANE(shr)(LANE(xor)(v, LANE(set)(l->swp_inverted)), l->swp_offset_shift), LANE(set)(l->swp_offset_mask));
+        keys = LANE(or)(keys, LANE(set)((src[i] >> l->swp_type_shift & l->swp_type_mask) << KEY_TYPE_SHIFT_));
+        counts = LANE(load)((const uint64_t *)l->slot_counts + at);
+        bad = LANE(and)(LANE(xor)(v, LANE(set)(src[i])), LANE(set)(l->present | type_bits));
+        bad = LANE(or)(bad, LANE(xor)(keys, LANE(load)(l->slots + at)));
+        bad = LANE(or)(bad, LANE(and)(LANE(or)(counts, LANE(sub)(LANE(set)(SWAP_MAP_MAX_ - 1), counts)), LANE(set)(LANE_BIT(63))));
+        bad = LANE(choose)(LANE(and)(v, LANE(set)(~l->none_ignore)), LANE(set)(l->none_value), LANE(set)(1), bad);
+        if (LANE(nonzero)(bad))
+            break;
+        LANE(store)((uint64_t *)l->slot_counts + at, LANE(add)(counts, LANE(set)(1)));
+        LANE(store)(src + i, was);
+        LANE(store)(dst + i, LANE(and)(was, LANE(set)(l->swp_keep)));
+        l->next_slot = at + LANES;
+    }
+    lane_swapped(l, i);
+    return i + lane_swap(l, src + i, dst + i, n - i);
+}
+
 /* All batches among the first n entries, at most `wide` (constant where inlined: to LANE_WHOLE), that are none, swapped out, or
  * map the pages of one folio, each the page of its place from words on; v is the first. As many as `wide` may be read from src
  * and words; the table ends after `left`. Returns how many slots were dealt with, of which *mapped map a page; 0 if a mapcount
@@ -555,25 +584,22 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole_run)(const struct lane *l, const 
     return i;
 }
 
-/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, the first of which is v, each
- * mapped whole. Those like one of the two kinds met last are only compared and stored: runs of one kind, or of both if few
+/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, the first of which is v and
+ * maps a page with word w, each mapped whole. Those like one of the two kinds met last are only compared and stored: runs of one kind, or of both if few
  * of one kind follow each other, which could not be predicted. Returns the entries copied. The first table ends after `left`
  * entries, and every further one after l->ptrs more; no folio crosses an end. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
-                                                size_t ahead, uint64_t v, const size_t pages, const int order)
+                                                size_t ahead, uint64_t v, uint64_t w, const size_t pages, const int order)
 {
     struct lane_like *const likes = l->likes[order];
     const uint64_t hard = l->present | l->valid | l->special, step = lane_step(l, v), flip = v & l->valid ? 0 : l->inverted;
     const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
-    size_t i = 0;
+    size_t i = 0, second = (v & ~l->pfn_mask) + w == likes[1].key;
     int both = 0;
     while (i + pages <= n) {
-        const size_t from = i, until = n - i > LANE_BOTH * pages ? i + LANE_BOTH * pages : n;
-        const uint64_t first = src[i], pfn = ((first ^ flip) & l->pfn_mask) >> LANE_PFN_SHIFT, at = pfn - l->extent_pfn;
-        size_t second, seconds = 0, done;
-        if (at >= room || pfn & (pages - 1) || (first ^ v) & hard)
-            break;
-        second = (first & ~l->pfn_mask) + l->words[l->extent_at + at] == likes[1].key;
+        const size_t from = i, until = both && n - i > LANE_BOTH * pages ? i + LANE_BOTH * pages : n;
+        uint64_t head, pfn, at, key;
+        size_t seconds = 0, done;
         if (pages > 2 && both)
             i = LANE(lane_whole_run)(l, likes, src, dst, i, until, ahead, flip, step, second, 1, pages, &seconds);
         else
@@ -581,12 +607,25 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         done = (i - from) / pages;
         likes[0].folios += (int64_t)(done - seconds);
         likes[1].folios += (int64_t)seconds;
-        both = both ? seconds && seconds < done : done < LANE_FEW;
-        if (done)
+        if (i + pages > until) {
+            both = seconds && seconds < done;
             continue;
-        /* The place that was checked: the loop read this entry again, and it may have been written to since. */
+        }
+        head = src[i];
+        pfn = ((head ^ flip) & l->pfn_mask) >> LANE_PFN_SHIFT;
+        at = pfn - l->extent_pfn;
+        if (at >= room || pfn & (pages - 1) || (head ^ v) & hard)
+            break;
+        key = (head & ~l->pfn_mask) + l->words[l->extent_at + at];
+        if (!both && key != likes[second].key && key == likes[!second].key) {
+            second = !second;
+            both = done < LANE_FEW;
+            continue;
+        }
+        /* The place that was checked: it reads the entry again, which may have been written to since. */
         if (LANE(lane_whole_one)(l, src + i, dst + i, at, pages, order)) {
             i += pages;
+            second = key == likes[1].key;
             continue;
         }
 #if LANES > 1
@@ -840,17 +879,17 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_each)(struct lane *l, uint64_t *src, ui
 
 /* Folios of the order at hand, each mapped whole. Short ones take the vectors they fill. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
-                                                 size_t ahead, uint64_t v, int order)
+                                                 size_t ahead, uint64_t v, uint64_t w, int order)
 {
     switch (order) {
     case 1:
-        return lane_whole_scalar(l, src, dst, n, left, ahead, v, 2, 1);
+        return lane_whole_scalar(l, src, dst, n, left, ahead, v, w, 2, 1);
     case 2:
-        return LANE4(lane_whole)(l, src, dst, n, left, ahead, v, 4, 2);
+        return LANE4(lane_whole)(l, src, dst, n, left, ahead, v, w, 4, 2);
     case 3:
-        return LANE(lane_whole)(l, src, dst, n, left, ahead, v, 8, 3);
+        return LANE(lane_whole)(l, src, dst, n, left, ahead, v, w, 8, 3);
     case 4:
-        return LANE(lane_whole)(l, src, dst, n, left, ahead, v, 16, 4);
+        return LANE(lane_whole)(l, src, dst, n, left, ahead, v, w, 16, 4);
     default:
         return LANE(lane_alike)(l, src, dst, n, left, ahead, v, (size_t)1 << order, order);
     }
@@ -872,7 +911,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
     size_t nr = 0;
     int any = 1;
     if (l->large_ok && limit == nr_pages && order < LANE_ORDERS && (l->batching || l->writable == l->write)) {
-        nr = LANE(lane_wholes)(l, src, dst, left & (nr_pages - 1) ? left : n, left, ahead, v, order);
+        nr = LANE(lane_wholes)(l, src, dst, left & (nr_pages - 1) ? left : n, left, ahead, v, w, order);
         if (nr)
             return nr;
     }
@@ -1045,7 +1084,7 @@ LANE_TARGET static size_t LANE(lane_run)(struct lane *shared, uint64_t *src, uin
             continue;
         }
         if (!(v & l->present)) {
-            done = lane_swap(l, src + i, dst + i, n - i);
+            done = LANE(lane_swaps)(l, src + i, dst + i, n - i);
             if (!done)
                 break;
             left = lane_left(l, left, done, n - i);

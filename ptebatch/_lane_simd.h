@@ -304,7 +304,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     const V zero = LANE(set)(0), first = LANE(set)(v & which);
     const V ramp = LANE(ramp)(0, step);
     V entries[MOST], before[MOST], kind = LANE(set)(~lane_changed(&l->norm, v)), near = zero;
-    unsigned same = 0, none = 0, readonly = 0, shared = 0, begins = 0, todo, protect = 0;
+    const V first_kind = LANE(set)(lane_changed(&l->norm, v));
+    unsigned same = 0, none = 0, readonly = 0, shared = 0, begins = 0, other = 0, todo, protect = 0;
     uint64_t each[LANE_WHOLE];
     size_t k, done = n;
     for (k = 0; k < many; k++) {
@@ -315,6 +316,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
         /* Where an entry does not go on with the batch of the one before it. */
         kind = LANE(sub)(LANE(lane_change)(&l->norm, entries[k]), place);
         begins |= (LANE(same)(LANE(behind)(last, kind), kind) ^ ALL) << k * LANES;
+        other |= (LANE(same)(kind, first_kind) ^ ALL) << k * LANES;
         same |= LANE(same)(LANE(and)(entries[k], LANE(set)(which)), LANE(add)(first, place)) << k * LANES;
         none |= LANE(same)(LANE(and)(entries[k], LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)) << k * LANES;
         readonly |= LANE(same)(LANE(and)(entries[k], LANE(set)(l->writable)), zero) << k * LANES;
@@ -323,7 +325,19 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     }
     if (LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2)))))
         return 0;
-    for (todo = ~none & ((1u << n) - 1); todo;) { /* batch by batch */
+    todo = ~none & ((1u << n) - 1);
+    if (!(same & other)) { /* mostly; what is swapped out, at places that cannot be predicted, is done with first then */
+        unsigned rest = todo & ~same;
+        for (; rest; rest &= ~(((1u << k) - 1) << done)) {
+            done = (size_t)__builtin_ctz(rest);
+            k = lane_swap(l, src + done, dst + done, n - done);
+            if (!k)
+                break;
+        }
+        done = rest ? done : n;
+        todo &= same & ((1u << done) - 1);
+    }
+    while (todo) { /* batch by batch */
         const size_t from = (size_t)__builtin_ctz(todo);
         const size_t nr = (size_t)__builtin_ctz(~(todo & same) >> from | (begins >> from & ~1u));
         const unsigned mine = ((1u << nr) - 1) << from;
@@ -492,6 +506,17 @@ LANE_TARGET LANE_INLINE int LANE(lane_whole_one)(struct lane *l, uint64_t *src, 
     return 1;
 }
 
+/* Whether any of n entries (a multiple of LANES, constant where inlined) is none or swapped out. */
+LANE_TARGET LANE_INLINE int LANE(lane_absent)(const uint64_t *entries, uint64_t present, const size_t n)
+{
+    const V mask = LANE(set)(present), zero = LANE(set)(0);
+    V absent = zero;
+    size_t k = 0;
+    for (; k < n; k += LANES)
+        absent = LANE(choose)(LANE(and)(LANE(load)(entries + k), mask), zero, mask, absent);
+    return LANE(nonzero)(absent);
+}
+
 /* Load the words of a kind of folios, before and after. */
 LANE_TARGET LANE_INLINE void LANE(lane_words)(const struct lane_like *t, V *before, V *after, const size_t pages)
 {
@@ -623,7 +648,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             continue;
         }
         /* The place that was checked: it reads the entry again, which may have been written to since. */
-        if (LANE(lane_whole_one)(l, src + i, dst + i, at, pages, order)) {
+        if (!LANE(lane_absent)(src + i, l->present, pages) && LANE(lane_whole_one)(l, src + i, dst + i, at, pages, order)) {
             i += pages;
             second = key == likes[1].key;
             continue;
@@ -801,7 +826,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_alike)(struct lane *l, uint64_t *src, u
             next_at = (((src[i + LANE_AHEAD_LARGE] ^ flip) & pfn_mask) >> LANE_PFN_SHIFT) - extent_pfn;
             if (mm_id)
                 LANE_PREFETCH_AT(aux, next_at);
-            LANE_PREFETCH_AT(src, i + 2 * LANE_AHEAD_LARGE);
+            LANE_PREFETCH_READ(LANE_ADDRESS(src, i + 2 * LANE_AHEAD_LARGE));
         }
         for (k = 0; k < pages; k += MANY * LANES) {
             V differ = LANE(set)(0), many[MANY];

@@ -1254,7 +1254,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_protect_alike)(struct lane *l, uint64_t
     const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
     const V lanes = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT)), next = LANE(set)(LANES << LANE_PFN_SHIFT);
     const uint64_t *const words = l->words + l->extent_at;
-    const size_t distance = LANE_AHEAD_LARGE, fetch = l->prefetch && ahead > distance ? ahead - distance : 0;
+    const size_t distance = l->far ? LANE_AHEAD_LARGE : 2 * LANE_AHEAD_LARGE, fetch = l->prefetch && ahead > distance ? ahead - distance : 0;
     size_t i = 0, k;
     for (; i + pages <= n; i += pages) {
         const uint64_t place = src[i] & pfn_mask, at = (place >> LANE_PFN_SHIFT) - extent_pfn, head = place | flags;
@@ -1274,9 +1274,9 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_protect_alike)(struct lane *l, uint64_t
             other |= src[i + k] ^ (head + (k << LANE_PFN_SHIFT));
         if (other || LANE(nonzero)(differ))
             break;
-        same = LANE(add)(LANE(set)(head + change), lanes);
+        same = LANE(add)(LANE(set)(head), lanes);
         for (k = 0; k + LANES <= pages; k += LANES) {
-            LANE(store)(src + i + k, same);
+            LANE(store)(src + i + k, LANE(add)(same, LANE(set)(change)));
             same = LANE(add)(same, next);
         }
         for (; k < pages; k++)

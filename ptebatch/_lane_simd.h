@@ -794,7 +794,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_fused)(struct lane *l, uint64_t *src, u
 LANE_TARGET LANE_INLINE size_t LANE(lane_alike)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
                                                 size_t ahead, uint64_t v, const size_t pages, const int order)
 {
-    enum { MANY = 2 }; /* more of one entry each would not fit the registers */
+    enum { MANY = LANES > 1 ? 2 : 4 }; /* more would not fit the registers */
     struct lane_like *const likes = l->likes[order];
     const uint64_t pfn_mask = l->pfn_mask, extent_pfn = l->extent_pfn, hard = l->present | l->valid | l->special;
     const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;

@@ -122,12 +122,14 @@ enum { LANE_PFN_SHIFT = 12 }; /* of entries; lane_entries in _core.pyx keeps out
 #define LANE_PREFETCH_AT(array, index) LANE_PREFETCH(LANE_ADDRESS(array, index))
 #define LANE_PREFETCH_L2(array, index) LANE_PREFETCH_NEXT(LANE_ADDRESS(array, index))
 
-/* How many entries ahead the words of pages are fetched: of small and of large folios; and where it is all too much for the
- * cache, and they come from memory. A CPU can wait for more lines on their way to its second cache than to its first: so they
- * are fetched in two steps then, unless a folio has many lines, one behind the other, which it fetches by itself. */
-enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_SMALL_FAR = 128, LANE_AHEAD_LARGE = 512 /* whole folios of any size */ };
-enum { LANE_NEAR_SMALL = 16, LANE_NEAR_LARGE = 32 };     /* the second step */
-enum { LANE_AHEAD_STREAM = 64, LANE_LINE = 8 };          /* of the tables themselves; entries in a cache line */
+/* How many entries ahead the words of pages are fetched: of small folios, of large ones, and of both where they take turns;
+ * _FAR where it is all too much for the cache, and they come from memory. A CPU can wait for more lines on their way to its
+ * second cache than to its first: so they are fetched in two steps then (NEAR: the second), unless a folio has many lines, one
+ * behind the other, which it fetches by itself. */
+enum { LANE_AHEAD_SMALL = 64, LANE_AHEAD_SMALL_FAR = 128, LANE_AHEAD_LARGE = 512, LANE_AHEAD_TURNS_FAR = 256 };
+enum { LANE_NEAR_SMALL = 16, LANE_NEAR_LARGE = 32 };
+/* Of the tables themselves; and what more of entries from memory, which are read so far ahead to fetch words. */
+enum { LANE_AHEAD_STREAM = 64, LANE_AHEAD_ENTRIES = 256, LANE_LINE = 8 /* entries in a cache line */ };
 enum { LANE_STREAMS = 4, LANE_LONG = 1024 };             /* of the read-only pass, and from how many entries in each */
 enum { LANE_SHORT = 32, LANE_SHORT_RUNS = 4 }; /* entries that are a short run; after so many of them lane_quads is tried */
 enum { LANE_FEW = 8, LANE_BOTH = 64 };         /* folios of one kind that are few, and of both kinds that are gone through then */
@@ -138,14 +140,19 @@ LANE_INLINE size_t lane_ahead(int far)
     return far ? LANE_AHEAD_SMALL_FAR : LANE_AHEAD_SMALL;
 }
 
-/* n entries (constant where inlined) are about to be worked on: fetch those a while behind them. */
-LANE_INLINE void lane_stream(const uint64_t *entries, size_t n)
+/* n entries (constant where inlined) are about to be worked on: fetch those that lie so far behind them. */
+LANE_INLINE void lane_stream_at(const uint64_t *entries, size_t n, size_t distance)
 {
     size_t k = 0;
     if (n < LANE_LINE && (uintptr_t)entries & (LANE_LINE * sizeof(uint64_t) - 1))
         return;
     for (; k < n; k += LANE_LINE)
-        LANE_PREFETCH((const void *)((uintptr_t)(entries + k) + LANE_AHEAD_STREAM * sizeof(uint64_t)));
+        LANE_PREFETCH(LANE_ADDRESS(entries, k + distance));
+}
+
+LANE_INLINE void lane_stream(const uint64_t *entries, size_t n)
+{
+    lane_stream_at(entries, n, LANE_AHEAD_STREAM);
 }
 
 /* What was written past the cache is there for other CPUs after this. */

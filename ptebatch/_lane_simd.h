@@ -582,6 +582,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole_run)(const struct lane *l, const 
                     LANE_PREFETCH_L2(aux, next);
             }
         }
+        if (far)
+            lane_stream_at(src + i, pages, LANE_AHEAD_LARGE + LANE_AHEAD_ENTRIES);
         if (!bypass && pages > 2) { /* asked for every two entries, it costs more than it brings */
             lane_stream(src + i, pages);
             lane_stream(dst + i, pages);
@@ -1016,7 +1018,7 @@ LANE_TARGET static size_t LANE(lane_quads)(struct lane *shared, uint64_t *src, u
     struct lane_like (*const likes)[2] = l->likes;
     uint64_t *const words = l->words + l->extent_at;
     const V ramp = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT));
-    const size_t distance = l->far ? LANE_AHEAD_LARGE : LANE_AHEAD_SMALL;
+    const size_t distance = l->far ? LANE_AHEAD_TURNS_FAR : LANE_AHEAD_SMALL;
     const size_t fetch = l->prefetch && ahead > distance + 16 ? ahead - distance - 16 : 0;
     const int far = l->far, bypass = LANE(may_bypass)(l, dst);
     int64_t reads = 0;
@@ -1032,6 +1034,8 @@ LANE_TARGET static size_t LANE(lane_quads)(struct lane *shared, uint64_t *src, u
         unsigned order;
         size_t more = 0;
         LANE(store)(at, LANE(shr)(place, LANE_PFN_SHIFT));
+        if (far)
+            lane_stream_at(src + i, LANES, distance + LANE_AHEAD_ENTRIES);
         if (i < fetch) {
             LANE(lane_fetch)(l, src + i + distance, !far);
             if (far)

@@ -262,7 +262,7 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
 
 #if LANES > 1
 /* As lane_swap, LANES entries at a time where they are of one swap area and their slots neighbours. */
-LANE_TARGET LANE_INLINE size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n)
+LANE_TARGET static __attribute__((noinline)) size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n)
 {
     const uint64_t type_bits = l->swp_type_mask << l->swp_type_shift;
     size_t i = 0;
@@ -641,7 +641,14 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         head = src[i];
         pfn = ((head ^ flip) & l->pfn_mask) >> LANE_PFN_SHIFT;
         at = pfn - l->extent_pfn;
-        if (at >= room || pfn & (pages - 1) || (head ^ v) & hard)
+        if (!(head & l->present) && (l->clamp || !l->batching)) { /* else lane_behind would take them for folios */
+            done = LANE(lane_swaps)(l, src + i, dst + i, n - i);
+            if (!done || done & (pages - 1))
+                return i + done;
+            i += done;
+            continue;
+        }
+        if (at >= room || pfn & (pages - 1) || (head ^ v) & hard || l->words[l->extent_at + at] & l->large_mask)
             break;
         key = (head & ~l->pfn_mask) + l->words[l->extent_at + at];
         if (!both && key != likes[second].key && key == likes[!second].key) {
@@ -905,7 +912,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_each)(struct lane *l, uint64_t *src, ui
 }
 
 /* Folios of the order at hand, each mapped whole. Short ones take the vectors they fill. */
-LANE_TARGET LANE_INLINE size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
+LANE_TARGET static __attribute__((noinline)) size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
                                                  size_t ahead, uint64_t v, uint64_t w, int order)
 {
     switch (order) {
@@ -937,6 +944,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_large)(struct lane *l, uint64_t *src, u
     struct lane_like like;
     size_t nr = 0;
     int any = 1;
+    if (!offset && w & l->large_mask)
+        return 0;
     if (l->large_ok && limit == nr_pages && order < LANE_ORDERS && (l->batching || l->writable == l->write)) {
         nr = LANE(lane_wholes)(l, src, dst, left & (nr_pages - 1) ? left : n, left, ahead, v, w, order);
         if (nr)

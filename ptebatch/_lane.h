@@ -58,12 +58,14 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LANE_INLINE static inline __attribute__((always_inline))
+#define LANE_APART static __attribute__((noinline)) /* registers are not for it and its callers together */
 #define LANE_PREFETCH(p) __builtin_prefetch((p), 1)
 #define LANE_PREFETCH_READ(p) __builtin_prefetch((p), 0)
 #define LANE_PREFETCH_NEXT(p) __builtin_prefetch((p), 0, 2) /* not into the first cache */
 #define LANE_LIKELY(x) __builtin_expect(!!(x), 1)
 #else
 #define LANE_INLINE static inline
+#define LANE_APART static
 #define LANE_PREFETCH(p) ((void)(p))
 #define LANE_PREFETCH_READ(p) ((void)(p))
 #define LANE_PREFETCH_NEXT(p) ((void)(p))

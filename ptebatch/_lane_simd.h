@@ -262,26 +262,28 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
 
 #if LANES > 1
 /* As lane_swap, LANES entries at a time where they are of one swap area and their slots neighbours. */
-LANE_TARGET static __attribute__((noinline)) size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n)
+LANE_TARGET LANE_APART size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n)
 {
     const uint64_t type_bits = l->swp_type_mask << l->swp_type_shift;
     size_t i = 0;
     for (; i + LANES <= n && !(src[i + LANES - 1] & l->present); i += LANES) {
-        const size_t at = lane_slot(l, src[i]);
+        const uint64_t first = src[i];
+        const size_t at = lane_slot(l, first);
         const V v = LANE(load)(src + i), was = LANE(andnot)(LANE(set)(l->swp_exclusive), v);
         V keys, counts, bad;
         if (at >= l->nr_slots || LANES > l->nr_slots - at)
             break;
         keys = LANE(and)(LANE(shr)(LANE(xor)(v, LANE(set)(l->swp_inverted)), l->swp_offset_shift), LANE(set)(l->swp_offset_mask));
-        keys = LANE(or)(keys, LANE(set)((src[i] >> l->swp_type_shift & l->swp_type_mask) << KEY_TYPE_SHIFT_));
+        keys = LANE(or)(keys, LANE(set)((first >> l->swp_type_shift & l->swp_type_mask) << KEY_TYPE_SHIFT_));
         counts = LANE(load)((const uint64_t *)l->slot_counts + at);
-        bad = LANE(and)(LANE(xor)(v, LANE(set)(src[i])), LANE(set)(l->present | type_bits));
+        bad = LANE(and)(LANE(xor)(v, LANE(set)(first)), LANE(set)(l->present | type_bits));
         bad = LANE(or)(bad, LANE(xor)(keys, LANE(load)(l->slots + at)));
-        bad = LANE(or)(bad, LANE(and)(LANE(or)(counts, LANE(sub)(LANE(set)(SWAP_MAP_MAX_ - 1), counts)), LANE(set)(LANE_BIT(63))));
+        counts = LANE(or)(counts, LANE(sub)(LANE(set)(SWAP_MAP_MAX_ - 1), counts)); /* bit 63: too many */
+        bad = LANE(or)(bad, LANE(and)(counts, LANE(set)(LANE_BIT(63))));
         bad = LANE(choose)(LANE(and)(v, LANE(set)(~l->none_ignore)), LANE(set)(l->none_value), LANE(set)(1), bad);
         if (LANE(nonzero)(bad))
             break;
-        LANE(store)((uint64_t *)l->slot_counts + at, LANE(add)(counts, LANE(set)(1)));
+        LANE(store)((uint64_t *)l->slot_counts + at, LANE(add)(LANE(load)((const uint64_t *)l->slot_counts + at), LANE(set)(1)));
         LANE(store)(src + i, was);
         LANE(store)(dst + i, LANE(and)(was, LANE(set)(l->swp_keep)));
         l->next_slot = at + LANES;
@@ -382,7 +384,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
 /* The first n slots, at most LANE_WHOLE, which have the pages of a large folio from pfn and `page` on if they map anything;
  * w is a word of the folio, for which lane_large_ok() holds, and ahead entries may be read from src. Returns how many were
  * dealt with. */
-LANE_TARGET static __attribute__((noinline)) size_t LANE(lane_pieces)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n,
+LANE_TARGET LANE_APART size_t LANE(lane_pieces)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n,
                                                                       size_t left, size_t ahead, uint64_t pfn, size_t page,
                                                                       uint64_t w)
 {
@@ -418,7 +420,7 @@ LANE_TARGET static __attribute__((noinline)) size_t LANE(lane_pieces)(struct lan
 
 /* For lane_whole: slot i has the first page of a folio, at that place of the extent, which is not mapped whole by one batch.
  * Returns how many slots were dealt with. */
-LANE_TARGET static __attribute__((noinline)) size_t LANE(lane_broken)(struct lane *l, uint64_t *src, uint64_t *dst, size_t i,
+LANE_TARGET LANE_APART size_t LANE(lane_broken)(struct lane *l, uint64_t *src, uint64_t *dst, size_t i,
                                                                       size_t n, size_t left, size_t ahead, uint64_t at, int order)
 {
     const size_t page = l->extent_at + at, pages = (size_t)1 << order;
@@ -611,10 +613,11 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole_run)(const struct lane *l, const 
     return i;
 }
 
-/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, the first of which is v and
- * maps a page with word w, each mapped whole. Those like one of the two kinds met last are only compared and stored: runs of one kind, or of both if few
- * of one kind follow each other, which could not be predicted. Returns the entries copied. The first table ends after `left`
- * entries, and every further one after l->ptrs more; no folio crosses an end. */
+/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, each mapped whole, and what is
+ * swapped out between them; v is the first entry and w its page's word. Folios like one of the two kinds met last are only
+ * compared and stored: runs of one kind, or of both where few of one kind follow each other, which cannot be predicted.
+ * Returns the entries copied. The first table ends after `left` entries, and every further one after l->ptrs more; no folio
+ * crosses an end. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
                                                 size_t ahead, uint64_t v, uint64_t w, const size_t pages, const int order)
 {
@@ -912,8 +915,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_each)(struct lane *l, uint64_t *src, ui
 }
 
 /* Folios of the order at hand, each mapped whole. Short ones take the vectors they fill. */
-LANE_TARGET static __attribute__((noinline)) size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
-                                                 size_t ahead, uint64_t v, uint64_t w, int order)
+LANE_TARGET LANE_APART size_t LANE(lane_wholes)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
+                                                size_t ahead, uint64_t v, uint64_t w, int order)
 {
     switch (order) {
     case 1:

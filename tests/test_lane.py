@@ -735,6 +735,43 @@ def test_swap_entries(level, seed, vm_flags):  # noqa: F811
     check(mm, RUNS[seed], times=2)
 
 
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0].version} {run[1]}")
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_folios_swapped_out_among_others(level, order, run):  # noqa: F811
+    """Of all pages of a folio, or of some, or of more than a folio has; the other folios are of two or three kinds."""
+    rng = random.Random(order)
+    pages, offset = 1 << order, 100
+    kinds = [{}, {"flags": READONLY}, {"shared": tuple(range(pages))}]
+    pieces: list[Piece] = []
+    for k in range(200):
+        area, nr = rng.choice((0, 0, 0, 3)), rng.choice((pages, pages, pages, 2 * pages, rng.randrange(1, 3 * pages)))
+        pick = rng.random()
+        if pick < 0.1:
+            pieces += [Piece(value=swp_entry(L, area, offset + j) | L.swp_exclusive) for j in range(nr)]
+            pieces += [HOLE] * (-nr % pages)
+            offset += nr + rng.choice((0, 0, 1))
+        elif pick < 0.95:
+            # Both kinds by chance, then long runs of one, then a third too.
+            pieces.append(Piece(order, **kinds[rng.randrange(2) if k < 100 else k // 20 % 2 if k < 160 else rng.randrange(3)]))
+        else:
+            pieces += ragged(rng, order, "swap")
+    check(lay(pieces, at=rng.choice((0, 0, 512 - 4 * pages))), run, times=2)
+
+
+@pytest.mark.parametrize("length", [3, 60, 64, 70])
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_kinds_by_chance_and_then_one(level, order, length):  # noqa: F811
+    """However long it goes on with two kinds of folios that cannot be told before, and with one after that."""
+    rng = random.Random(length)
+    kinds = [{}, {"flags": READONLY}, {"shared": (0,)}, {"shared": (1,)}]
+    for first, second, third in ((0, 1, 0), (1, 2, 3), (3, 2, 1)):
+        pieces = [Piece(order, **kinds[rng.choice((first, second))]) for _ in range(length)]
+        pieces += [Piece(order, **kinds[second])] * 70 + [Piece(order, **kinds[first])] * 20
+        pieces += [Piece(order, **kinds[rng.choice((first, second, third))]) for _ in range(length)]
+        for run in RUNS[1:4] + RUNS[-2:]:
+            check(lay(pieces), run)
+
+
 def test_swap_slots_that_nobody_knew(level):  # noqa: F811
     """Slots that the table has not heard of are asked for, whatever was copied in front of them."""
     pieces = [Piece(value=swp_entry(L, 0, 9 + k) | L.swp_exclusive) for k in range(20)]

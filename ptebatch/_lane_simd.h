@@ -306,7 +306,6 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     const V zero = LANE(set)(0), first = LANE(set)(v & which);
     const V ramp = LANE(ramp)(0, step);
     V entries[MOST], before[MOST], kind = LANE(set)(~lane_changed(&l->norm, v)), near = zero;
-    const V first_kind = LANE(set)(lane_changed(&l->norm, v));
     unsigned same = 0, none = 0, readonly = 0, shared = 0, begins = 0, other = 0, todo, protect = 0;
     uint64_t each[LANE_WHOLE];
     size_t k, done = n;
@@ -318,7 +317,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
         /* Where an entry does not go on with the batch of the one before it. */
         kind = LANE(sub)(LANE(lane_change)(&l->norm, entries[k]), place);
         begins |= (LANE(same)(LANE(behind)(last, kind), kind) ^ ALL) << k * LANES;
-        other |= (LANE(same)(kind, first_kind) ^ ALL) << k * LANES;
+        other |= (LANE(same)(LANE(sub)(entries[k], place), LANE(set)(v)) ^ ALL) << k * LANES;
         same |= LANE(same)(LANE(and)(entries[k], LANE(set)(which)), LANE(add)(first, place)) << k * LANES;
         none |= LANE(same)(LANE(and)(entries[k], LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)) << k * LANES;
         readonly |= LANE(same)(LANE(and)(entries[k], LANE(set)(l->writable)), zero) << k * LANES;
@@ -328,7 +327,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     if (LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2)))))
         return 0;
     todo = ~none & ((1u << n) - 1);
-    if (!(same & other)) { /* mostly; what is swapped out, at places that cannot be predicted, is done with first then */
+    if (!(same & other)) { /* all batches will do then: what is swapped out, which cannot be predicted, can be done first */
         unsigned rest = todo & ~same;
         for (; rest; rest &= ~(((1u << k) - 1) << done)) {
             done = (size_t)__builtin_ctz(rest);

@@ -545,12 +545,15 @@ def test_other_layouts(level, name, semantics):  # noqa: F811
     semantics = replace(semantics, contpte=False)
     layout = configured(arch.layout_for(name, semantics.switches), semantics)
     for folio in ((4096, 16384), (8192, 32768), (16384, 65536), (1 << 17,), (1 << 18, 4096)):
-        for granularity in ("folio", "page"):
-            shares = {"readonly": 0.3, "clean": 0.5, "old": 0.2} if granularity == "folio" else {"readonly": 0.02}
+        for granularity, shares in (
+            ("folio", {"readonly": 0.3, "clean": 0.5, "old": 0.2}),
+            ("page", {"readonly": 0.02}),
+            ("page", {"readonly": 0.1, "clean": 0.5, "swap": 0.1}),
+        ):
             mm = Workload(size=4 << 20, folio=folio, granularity=granularity, **shares).build(layout=layout)
             for batching in (True, False):
                 expected = without_lane(forked, mm, semantics, batching)
-                check(mm, (semantics, batching), expected, what=f"{folio} by {granularity}")
+                check(mm, (semantics, batching), expected, what=f"{folio} by {granularity}, {shares}")
 
 
 # --- folios with gaps -----------------------------------------------------------------------------------------------

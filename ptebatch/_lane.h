@@ -12,7 +12,8 @@
  * shadow-stack VMA.
  * Asked of every entry:
  *   none                         counted and passed over
- *   swapped out                  lane_swap, where its slot is known and has few references
+ *   swapped out                  lane_swap, where its slot is known and has few references; lane_swaps where neighbours' slots
+ *                                are neighbours
  *   present, not special         PROT_NONE included; other entries stop the lane
  * Asked of every page or folio: it is in the memmap (bounds are checked in every build), no count is near its limit, it is
  * not a hugetlb folio and cannot be pinned. Then there are these cases:
@@ -20,7 +21,8 @@
  *                                shmem, file; exclusive or not), or of any kinds and none among them (lane_sparse, not at
  *                                the scalar level), else one at a time (lane_small)
  *   folios of 2, 4, 8, 16 pages  lane_whole: each mapped whole by entries alike. One pass; a folio stays in registers, and
- *                                all there is to it but its entries is its words (of 2 pages: and the MM-ID slots in aux)
+ *                                all there is to it but its entries is its words (of 2 pages: and the MM-ID slots in aux);
+ *                                runs of one kind, or of two that cannot be predicted (lane_whole_run)
  *   folios of 32 to 512 pages    lane_alike, like lane_whole: in one pass too, which is undone where a folio turns out different
  *   small folios, and folios of  lane_quads, after several short runs: by four entries, of whatever order they are (not at the
  *   4 to 16 pages that take turns  scalar level)
@@ -134,7 +136,7 @@ enum { LANE_NEAR_SMALL = 16, LANE_NEAR_LARGE = 32 };
 enum { LANE_AHEAD_STREAM = 64, LANE_AHEAD_ENTRIES = 256, LANE_LINE = 8 /* entries in a cache line */ };
 enum { LANE_STREAMS = 4, LANE_LONG = 1024 };             /* of the read-only pass, and from how many entries in each */
 enum { LANE_SHORT = 32, LANE_SHORT_RUNS = 4 }; /* entries that are a short run; after so many of them lane_quads is tried */
-enum { LANE_FEW = 8, LANE_BOTH = 64 };         /* folios of one kind that are few, and of both kinds that are gone through then */
+enum { LANE_FEW = 8, LANE_BOTH = 64 };         /* folios of one kind that are few; of both kinds to go through then */
 enum { LANE_WHOLE = 16, LANE_ORDERS = 10 };    /* most pages of a folio that is held in registers; orders of a table's */
 
 LANE_INLINE size_t lane_ahead(int far)

@@ -270,12 +270,14 @@ LANE_TARGET LANE_APART size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, ui
         const uint64_t first = src[i];
         const size_t at = lane_slot(l, first);
         const V v = LANE(load)(src + i), was = LANE(andnot)(LANE(set)(l->swp_exclusive), v);
+        uint64_t *slots;
         V keys, counts, bad;
         if (at >= l->nr_slots || LANES > l->nr_slots - at)
             break;
         keys = LANE(and)(LANE(shr)(LANE(xor)(v, LANE(set)(l->swp_inverted)), l->swp_offset_shift), LANE(set)(l->swp_offset_mask));
         keys = LANE(or)(keys, LANE(set)((first >> l->swp_type_shift & l->swp_type_mask) << KEY_TYPE_SHIFT_));
-        counts = LANE(load)((const uint64_t *)l->slot_counts + at);
+        slots = (uint64_t *)l->slot_counts + at;
+        counts = LANE(load)(slots);
         bad = LANE(and)(LANE(xor)(v, LANE(set)(first)), LANE(set)(l->present | type_bits));
         bad = LANE(or)(bad, LANE(xor)(keys, LANE(load)(l->slots + at)));
         counts = LANE(or)(counts, LANE(sub)(LANE(set)(SWAP_MAP_MAX_ - 1), counts)); /* bit 63: too many */
@@ -283,7 +285,7 @@ LANE_TARGET LANE_APART size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, ui
         bad = LANE(choose)(LANE(and)(v, LANE(set)(~l->none_ignore)), LANE(set)(l->none_value), LANE(set)(1), bad);
         if (LANE(nonzero)(bad))
             break;
-        LANE(store)((uint64_t *)l->slot_counts + at, LANE(add)(LANE(load)((const uint64_t *)l->slot_counts + at), LANE(set)(1)));
+        LANE(store)(slots, LANE(add)(LANE(load)(slots), LANE(set)(1)));
         LANE(store)(src + i, was);
         LANE(store)(dst + i, LANE(and)(was, LANE(set)(l->swp_keep)));
         l->next_slot = at + LANES;
@@ -383,9 +385,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
 /* The first n slots, at most LANE_WHOLE, which have the pages of a large folio from pfn and `page` on if they map anything;
  * w is a word of the folio, for which lane_large_ok() holds, and ahead entries may be read from src. Returns how many were
  * dealt with. */
-LANE_TARGET LANE_APART size_t LANE(lane_pieces)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n,
-                                                                      size_t left, size_t ahead, uint64_t pfn, size_t page,
-                                                                      uint64_t w)
+LANE_TARGET LANE_APART size_t LANE(lane_pieces)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
+                                                size_t ahead, uint64_t pfn, size_t page, uint64_t w)
 {
     const uint64_t clear = w >> ANON_BIT_ & 1 ? LANE_BIT(AE_BIT_) : 0;
     size_t i = 0, done, nr, mapped = 0;
@@ -419,8 +420,8 @@ LANE_TARGET LANE_APART size_t LANE(lane_pieces)(struct lane *l, uint64_t *src, u
 
 /* For lane_whole: slot i has the first page of a folio, at that place of the extent, which is not mapped whole by one batch.
  * Returns how many slots were dealt with. */
-LANE_TARGET LANE_APART size_t LANE(lane_broken)(struct lane *l, uint64_t *src, uint64_t *dst, size_t i,
-                                                                      size_t n, size_t left, size_t ahead, uint64_t at, int order)
+LANE_TARGET LANE_APART size_t LANE(lane_broken)(struct lane *l, uint64_t *src, uint64_t *dst, size_t i, size_t n,
+                                                size_t left, size_t ahead, uint64_t at, int order)
 {
     const size_t page = l->extent_at + at, pages = (size_t)1 << order;
     const uint64_t w = l->words[page], pfn = l->extent_pfn + at;
@@ -655,7 +656,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         key = (head & ~l->pfn_mask) + l->words[l->extent_at + at];
         if (!both && key != likes[second].key && key == likes[!second].key) {
             second = !second;
-            both = done < LANE_FEW;
+            both = pages > 2 && done < LANE_FEW;
             continue;
         }
         /* The place that was checked: it reads the entry again, which may have been written to since. */

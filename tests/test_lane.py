@@ -794,6 +794,17 @@ def test_slots_that_only_look_like_it(level):  # noqa: F811
     check(mm, (LATEST, True))
 
 
+@pytest.mark.parametrize("odd", [1, 3, 5, 7, 8, 15])
+def test_slots_of_two_areas(level, odd):  # noqa: F811
+    """Offsets go on, but one entry is of another area; or all are, and one is not swapped out."""
+    for value in (swp_entry(L, 1, 100 + odd), swp_entry(L, 25, FIRST_PFN), 0, Piece(4).flags | FIRST_PFN << 12):
+        pieces = [Piece(value=swp_entry(L, 0, 100 + k)) for k in range(16)]
+        pieces[odd] = Piece(value=value)
+        mm = lay([Piece(4), *pieces, Piece(4)] if value & 1 == 0 else [*pieces, Piece(4)])
+        mm.folios.swap.add([swap_key(area, 100 + k) for area in (0, 1) for k in range(16)])
+        check(mm, (LATEST, True), times=2)
+
+
 def test_swap_full_and_failing(level):  # noqa: F811
     """The entry that cannot be copied is found by who can say why; what was copied in front of it is counted."""
     pieces = [Piece(value=swp_entry(L, 0, 9 + k)) for k in range(20)]

@@ -751,7 +751,7 @@ def test_folios_swapped_out_among_others(level, order, run):  # noqa: F811
         pick = rng.random()
         if pick < 0.1:
             pieces += [Piece(value=swp_entry(L, area, offset + j) | L.swp_exclusive) for j in range(nr)]
-            pieces += [HOLE] * (-nr % pages)
+            pieces += [HOLE] * (-nr % pages * (rng.random() < 0.5))  # or folios are not in the places of their sizes
             offset += nr + rng.choice((0, 0, 1))
         elif pick < 0.95:
             # Both kinds by chance, then long runs of one, then a third too.
@@ -761,13 +761,24 @@ def test_folios_swapped_out_among_others(level, order, run):  # noqa: F811
     check(lay(pieces, at=rng.choice((0, 0, 512 - 4 * pages))), run, times=2)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_folios_out_of_place_behind_swap_entries(level, order):  # noqa: F811
+    """A table ends within one, and with it the batch."""
+    pages = 1 << order
+    for nr in (1, pages - 1, pages + 1):
+        out = [Piece(value=swp_entry(L, 0, 100 + k)) for k in range(nr)]
+        for run in RUNS:
+            check(lay([*[Piece(order)] * 2, *out, *[Piece(order)] * 9], at=512 - 8 * pages), run, times=2)
+
+
 @pytest.mark.parametrize("length", [3, 60, 64, 70])
 @pytest.mark.parametrize("order", [1, 2, 4])
 def test_kinds_by_chance_and_then_one(level, order, length):  # noqa: F811
     """However long it goes on with two kinds of folios that cannot be told before, and with one after that."""
     rng = random.Random(length)
-    kinds = [{}, {"flags": READONLY}, {"shared": (0,)}, {"shared": (1,)}]
-    for first, second, third in ((0, 1, 0), (1, 2, 3), (3, 2, 1)):
+    last = (1 << order) - 1
+    kinds = [{}, {"flags": READONLY}, {"shared": (0,)}, {"shared": (1,)}, {"shared": (last,)}]
+    for first, second, third in ((0, 1, 0), (1, 2, 3), (3, 2, 1), (0, 3, 4)):
         pieces = [Piece(order, **kinds[rng.choice((first, second))]) for _ in range(length)]
         pieces += [Piece(order, **kinds[second])] * 70 + [Piece(order, **kinds[first])] * 20
         pieces += [Piece(order, **kinds[rng.choice((first, second, third))]) for _ in range(length)]
@@ -792,6 +803,11 @@ def test_slots_that_only_look_like_it(level):  # noqa: F811
     mm = lay([*[Piece(value=swp_entry(L, 0, 9)), Piece(value=migration), Piece(value=none)] * 9, Piece()])
     mm.folios.swap.add([swap_key(arch.swp_type(L, v), arch.swp_offset(L, v)) for v in (migration, none)])
     check(mm, (LATEST, True))
+    last = (1 << 50) - 1 & arch.swp_offset(L, none)
+    for nr in (3, 7):
+        mm = lay([*[Piece(value=swp_entry(L, 0, last - nr + k)) for k in range(nr)], Piece(value=none), Piece()])
+        mm.folios.swap.add([swap_key(0, last)])
+        check(mm, (LATEST, True))
 
 
 @pytest.mark.parametrize("odd", [1, 3, 5, 7, 8, 15])

@@ -1290,11 +1290,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_protect_alike)(struct lane *l, uint64_t
             other |= src[i + k] ^ (head + (k << LANE_PFN_SHIFT));
         if (other || LANE(nonzero)(differ))
             break;
-        same = LANE(add)(LANE(set)(head), lanes);
-        for (k = 0; k + LANES <= pages; k += LANES) {
-            LANE(store)(src + i + k, LANE(add)(same, LANE(set)(change)));
-            same = LANE(add)(same, next);
-        }
+        for (k = 0; k + LANES <= pages; k += LANES)
+            LANE(store)(src + i + k, LANE(add)(LANE(load)(src + i + k), LANE(set)(change)));
         for (; k < pages; k++)
             src[i + k] = head + change + (k << LANE_PFN_SHIFT);
     }

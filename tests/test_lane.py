@@ -755,7 +755,8 @@ def test_folios_swapped_out_among_others(level, order, run):  # noqa: F811
             offset += nr + rng.choice((0, 0, 1))
         elif pick < 0.95:
             # Both kinds by chance, then long runs of one, then a third too.
-            pieces.append(Piece(order, **kinds[rng.randrange(2) if k < 100 else k // 20 % 2 if k < 160 else rng.randrange(3)]))
+            kind = rng.randrange(2) if k < 100 else k // 20 % 2 if k < 160 else rng.randrange(3)
+            pieces.append(Piece(order, **kinds[kind]))
         else:
             pieces += ragged(rng, order, "swap")
     check(lay(pieces, at=rng.choice((0, 0, 512 - 4 * pages))), run, times=2)

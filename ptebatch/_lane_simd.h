@@ -98,8 +98,8 @@ LANE_TARGET LANE_INLINE V LANE(lane_bad)(const struct LANE(lane_kind) *kind, con
     return bad;
 }
 
-/* Whether LANES entries, whatever mixture, are none, or map a page of the extent, or are of pages that are swapped out. */
-LANE_TARGET LANE_INLINE int LANE(lane_any_kind)(const struct lane *l, V v)
+/* Zero if LANES entries, whatever mixture, are none, or map a page of the extent, or are of pages that are swapped out. */
+LANE_TARGET LANE_INLINE V LANE(lane_any_kind)(const struct lane *l, V v)
 {
     const struct LANE(lane_kind) present = LANE(lane_kind_of)(l, 0), protnone = LANE(lane_kind_of)(l, 1);
     const V none = LANE(xor)(LANE(and)(v, LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)), zero = LANE(set)(0);
@@ -107,7 +107,7 @@ LANE_TARGET LANE_INLINE int LANE(lane_any_kind)(const struct lane *l, V v)
     V bad = LANE(choose)(LANE(and)(v, LANE(set)(l->valid)), zero, LANE(lane_unkind)(&protnone, v), LANE(lane_unkind)(&present, v));
     bad = LANE(choose)(LANE(and)(v, LANE(set)(l->present)), zero,
                        LANE(and)(LANE(sub)(LANE(set)(l->swp_types - 1), type), LANE(set)(LANE_BIT(63))), bad);
-    return !LANE(nonzero)(LANE(choose)(none, zero, zero, bad));
+    return LANE(choose)(none, zero, zero, bad);
 }
 
 /* The read-only pass: entries from the front, LANES at a time, that copying may go on with as far as their pages are concerned. */
@@ -116,8 +116,9 @@ LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t 
     const size_t part = n / LANE_STREAMS & ~(size_t)(4 * LANES - 1);
     int protnone = n && entries[0] & l->present && !(entries[0] & l->valid);
     struct LANE(lane_kind) kind = LANE(lane_kind_of)(l, protnone);
-    size_t i = 0, k;
-    V bad, v;
+    const V zero = LANE(set)(0);
+    size_t i = 0, k, many;
+    V bad;
     /* Mostly all are of one kind. One stream of reads does not keep the memory busy: several at once do. */
     if (part >= LANE_LONG) {
         for (; i < part; i += 4 * LANES) {
@@ -129,16 +130,19 @@ LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t 
         }
         i = i < part ? i : LANE_STREAMS * part;
     }
-    for (; i + LANES <= n; i += LANES) {
+    for (; i + LANES <= n; i += many * LANES) {
         while (i + 4 * LANES <= n && !LANE(nonzero)(LANE(lane_bad)(&kind, entries + i)))
             i += 4 * LANES;
         if (i + LANES > n)
             break;
-        v = LANE(load)(entries + i);
-        if (!LANE(nonzero)(LANE(lane_unkind)(&kind, v)))
-            continue;
-        if (!LANE(lane_any_kind)(l, v))
-            break;
+        many = i + 4 * LANES <= n ? 4 : 1; /* at once: which of them is of another kind cannot be predicted */
+        for (k = 0, bad = zero; k < many; k++)
+            bad = LANE(or)(bad, LANE(lane_any_kind)(l, LANE(load)(entries + i + k * LANES)));
+        if (LANE(nonzero)(bad)) {
+            if (many == 1 || LANE(nonzero)(LANE(lane_any_kind)(l, LANE(load)(entries + i))))
+                break;
+            many = 1;
+        }
         if (!(entries[i] & l->valid) == !protnone && entries[i] & l->present) {
             protnone = !protnone;
             kind = LANE(lane_kind_of)(l, protnone);
@@ -307,7 +311,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     const uint64_t which = l->pfn_mask | l->present | l->valid | l->special;
     const V zero = LANE(set)(0), first = LANE(set)(v & which);
     const V ramp = LANE(ramp)(0, step);
-    V entries[MOST], before[MOST], kind = LANE(set)(~lane_changed(&l->norm, v)), near = zero;
+    V entries[MOST], before[MOST], after[MOST], kind = LANE(set)(~lane_changed(&l->norm, v)), near = zero;
     unsigned same = 0, none = 0, readonly = 0, shared = 0, begins = 0, other = 0, todo, protect = 0;
     uint64_t each[LANE_WHOLE];
     size_t k, done = n;
@@ -315,6 +319,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
         const V place = LANE(add)(LANE(set)(k * LANES * step), ramp), last = kind;
         entries[k] = LANE(load)(src + k * LANES);
         before[k] = LANE(load)(words + k * LANES);
+        after[k] = zero;
         LANE(store)(each + k * LANES, entries[k]);
         /* Where an entry does not go on with the batch of the one before it. */
         kind = LANE(sub)(LANE(lane_change)(&l->norm, entries[k]), place);
@@ -355,25 +360,26 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
             break;
         }
         child = lane_child(l, each[from], any) - from * step;
-        for (k = from / LANES; k <= (from + nr - 1) / LANES; k++)
-            LANE(store_some)(dst + k * LANES, mine >> k * LANES & ALL, LANE(add)(LANE(set)(child + k * LANES * step), ramp));
-        protect |= any && l->cow ? mine : 0;
+        for (k = 0; k < many; k++)
+            after[k] = LANE(some)(mine >> k * LANES & ALL, LANE(add)(LANE(set)(child + k * LANES * step), ramp), after[k]);
+        protect |= any & l->cow ? mine : 0;
         l->hist[nr]++;
         /* Reads of the scan: entries 1..nr-1, the one that ended it, and without the clamp the one behind the folio. */
-        l->reads += (int64_t)nr - 1 + (from + nr < n || (!l->clamp && n < left));
-        l->wrprotects += any && l->cow;
+        l->reads += (int64_t)nr - 1 + ((from + nr < n) | (!l->clamp & (n < left)));
+        l->wrprotects += any & l->cow;
         todo &= ~mine;
     }
     same &= (1u << done) - 1;
     for (k = 0; k < many; k++) {
         const unsigned lanes = same >> k * LANES & ALL;
-        const V after = LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount));
+        const V word = LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount));
+        LANE(store_some)(dst + k * LANES, lanes, after[k]);
         if (protect)
             LANE(store_some)(src + k * LANES, protect >> k * LANES & ALL, LANE(lane_change)(&l->wrprotect, entries[k]));
         if ((k + 1) * LANES <= n) /* words of this folio only */
-            LANE(store)(words + k * LANES, LANE(some)(lanes, after, before[k]));
+            LANE(store)(words + k * LANES, LANE(some)(lanes, word, before[k]));
         else
-            LANE(store_some)(words + k * LANES, lanes, after);
+            LANE(store_some)(words + k * LANES, lanes, word);
     }
     *mapped = (size_t)__builtin_popcount(same);
     l->wrprotected += __builtin_popcount(protect);

@@ -223,7 +223,7 @@ def _mapped(mm: Mm) -> tuple[Bools, I64]:
 
 
 def _present(mm: Mm, start: int, end: int) -> U64:
-    entries = mm.ptes(start, end)
+    entries = mm.entries_of(start, end)
     return entries[pte_pfns(mm.layout, entries)[0]]
 
 
@@ -449,14 +449,15 @@ def _plain_area(mm: Mm, most: int) -> Area | None:
     for vma in mm.vmas:
         if vma.vm_ops is not None or not is_cow_mapping(vma.vm_flags):
             continue
-        entries = mm.ptes(vma.start, vma.end)
-        present, _ = pte_pfns(mm.layout, entries)
-        present &= (entries & np.uint64(mm.layout.special)) == 0
-        edges = np.flatnonzero(np.diff(present, prepend=False, append=False)).reshape(-1, 2)
-        if len(edges):
-            first, last = edges[np.argmax(edges[:, 1] - edges[:, 0])].tolist()
-            first, last = (vma.start + (page << mm.layout.page_shift) for page in (first, last))
-            best = max(best, (first, last), key=lambda area: area[1] - area[0])
+        for start, end in mm.covered(vma.start, vma.end):
+            entries = mm.ptes(start, end)
+            present, _ = pte_pfns(mm.layout, entries)
+            present &= (entries & np.uint64(mm.layout.special)) == 0
+            edges = np.flatnonzero(np.diff(present, prepend=False, append=False)).reshape(-1, 2)
+            if len(edges):
+                first, last = edges[np.argmax(edges[:, 1] - edges[:, 0])].tolist()
+                first, last = (start + (page << mm.layout.page_shift) for page in (first, last))
+                best = max(best, (first, last), key=lambda area: area[1] - area[0])
     return (best[0], min(best[1], best[0] + most)) if best[1] else None
 
 

@@ -382,6 +382,8 @@ class Subject(Process):
                 [sys.executable, "-I", "-S", str(Path(__file__).with_name("subject.py")), *map(str, theirs[0])],
                 stdin=subprocess.DEVNULL,
                 pass_fds=list(itertools.chain(*theirs)),
+                # Allocators and sanitizers that are preloaded have memory, and faults, of their own.
+                env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
             )
         except BaseException:
             for fd in itertools.chain(*ours):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, cast
@@ -194,6 +194,27 @@ class Mm:
         first = int(self.vpns.searchsorted((start >> shift) - ptrs, side="right"))
         last = int(self.vpns.searchsorted(-(-end >> shift)))
         return first, max(first, last)
+
+    def covered(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Ranges of bytes ``start..end`` that page tables cover, as far as their entries follow each other.
+
+        What a process has only reserved can be much larger than what its tables, and any array, have entries for.
+        """
+        ptrs, shift = self.layout.ptrs_per_pte, self.layout.page_shift
+        vpns = self.vpns[slice(*self.rows(start, end))]
+        for run in np.split(vpns, np.flatnonzero(np.diff(vpns) != ptrs) + 1):
+            if len(run):
+                yield max(start, int(run[0]) << shift), min(end, (int(run[-1]) + ptrs) << shift)
+
+    def entries_of(self, start: int, end: int) -> U64:
+        """As `ptes`, uint64, but only what has a page table: its entries one after the other."""
+        first, last = self.rows(start, end)
+        if first == last:
+            return np.empty(0, dtype=np.uint64)
+        shift, flat = self.layout.page_shift, self.entries[first:last].reshape(-1)
+        before = max(0, (start >> shift) - int(self.vpns[first]))
+        behind = max(0, int(self.vpns[last - 1]) + self.layout.ptrs_per_pte - (end >> shift))
+        return flat[before : len(flat) - behind].copy()
 
     def _slot(self, addr: int) -> tuple[int, int] | None:
         vpn = addr >> self.layout.page_shift
@@ -601,7 +622,7 @@ def account(mm: Mm, *, anon_exclusive: bool | None = None, semantics: KernelSema
     """
     layout, folios = mm.layout, mm.folios
     for vma in mm.vmas:
-        entries = mm.ptes(vma.start, vma.end)
+        entries = mm.entries_of(vma.start, vma.end)
         slots = swap_keys(layout, entries, semantics)
         folios.swap.add(slots)
         mm.rss[MM_SWAPENTS] += len(slots)

@@ -520,6 +520,28 @@ def test_the_longest_present_run_of_private_anonymous_memory():
     assert bench._plain_area(make(size="1MiB", vma="shmem"), 1 << 30) is None
 
 
+def test_memory_that_is_only_reserved_costs_none():
+    mm: Mm = make(size="1MiB")
+    (vma,) = mm.vmas
+    table, far = 512 << 12, (vma.start & -512 << 12) + (1 << 42)
+    vma.end += 1 << 43  # 16 GiB of entries
+    mm.add_tables(far, far + 3 * table)
+    mm.set_pte(far + table, int(mm.entries.flat[0]))
+    first = vma.start & -table
+    assert list(mm.covered(vma.start, vma.end)) == [(vma.start, first + table), (far, far + 3 * table)]
+    assert len(bench._present(mm, vma.start, vma.end)) == 257
+    assert bench._plain_area(mm, 1 << 30) == (vma.start, vma.start + (1 << 20))
+    rng = np.random.default_rng(1)
+    for base in (vma.start, far):
+        for start, end in np.sort(rng.integers(-1100, 2200, (50, 2))).tolist():
+            start, end = max(0, base + (start << 12)), base + (end << 12)
+            areas = list(mm.covered(start, end))
+            expected = [entry for area in areas for entry in mm.ptes(*area).tolist()]
+            assert mm.entries_of(start, end).tolist() == expected
+            missing = ((end - start) >> 12) - len(expected)
+            assert sorted([*expected, *[0] * missing]) == sorted(mm.ptes(start, end).tolist())
+
+
 # --- the streaming limit ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("variant", _measure.STREAM_VARIANTS)
 @pytest.mark.parametrize("level", _measure.SIMD_LEVELS)

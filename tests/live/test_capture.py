@@ -42,6 +42,14 @@ def sizes() -> list[int]:
 
 
 # --- capture ----------------------------------------------------------------------------------------------------------
+def test_a_subject_has_nothing_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "libc.so.6")
+    with live.Subject() as subject:
+        names = {item.split(b"=")[0] for item in Path(f"/proc/{subject.pid}/environ").read_bytes().split(b"\0")}
+    assert b"PATH" in names
+    assert b"LD_PRELOAD" not in names
+
+
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("size", sizes())
 def test_folio_sizes(size: int) -> None:

@@ -537,7 +537,8 @@ LANE_TARGET LANE_INLINE void LANE(lane_words)(const struct lane_like *t, V *befo
 
 /* Folios from src[i] on and before src[n] that are mapped whole by entries and have words like one of the two kinds met last:
  * like that of number `second` only, or if `both` (constant where inlined, as pages) like any of the two. Counts those like
- * the second in *seconds too; returns where it stopped. flip is what of entries' PFNs is inverted. */
+ * the second in *seconds too; returns where it stopped. flip is what of entries' PFNs is inverted: where that
+ * depends on an entry's kind, those of the other kind are left alone. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_whole_run)(const struct lane *l, const struct lane_like *likes, uint64_t *src,
                                                     uint64_t *dst, size_t i, size_t n, size_t ahead, uint64_t flip, uint64_t step,
                                                     size_t second, const int both, const size_t pages, size_t *seconds)
@@ -548,6 +549,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole_run)(const struct lane *l, const 
     const int slots = l->mm_id && pages < 4, prefetch = l->prefetch, bypass = LANE(may_bypass)(l, dst); /* slots in aux */
     const int far = l->far, write = both ? likes[0].write | likes[1].write : likes[second].write;
     const size_t near = far ? LANE_NEAR_LARGE : LANE_AHEAD_LARGE;
+    const uint64_t valid = l->inverted ? l->valid : 0, kind = flip ? 0 : valid;
     uint64_t *const words = l->words + l->extent_at, *const aux = l->aux + l->extent_at;
     const struct lane_like *t = likes + second;
     const size_t from = i;
@@ -570,7 +572,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole_run)(const struct lane *l, const 
             child = t->child;
             LANE(lane_words)(t, before, after, pages);
         }
-        if ((head & ~pfn_mask) != flags)
+        if ((head & ~pfn_mask) != flags || (head & valid) != kind)
             break;
         if (slots && ((aux[at] ^ t->aux[0]) | (aux[at + 1] ^ t->aux[1])))
             break;

@@ -26,7 +26,7 @@ from ptebatch import arch, batch, memory
 from ptebatch.arch import X86_64 as L
 from ptebatch.arch import swp_entry
 from ptebatch.errors import PtebatchError
-from ptebatch.folio import AE_BIT, FolioTable
+from ptebatch.folio import AE_BIT, MAX_PFN, FolioTable
 from ptebatch.fork import ForkPlan, fork
 from ptebatch.mm import Mm, Vma, account, configured, copy_state
 from ptebatch.protect import wrprotect_range
@@ -1005,3 +1005,29 @@ def test_a_writer_of_few_entries(level, orders, value, monkeypatch):  # noqa: F8
         some[:] = good
 
     fork_beside(mm, write, ([{}] * 3 + [{"batching": False}, {"threads": 2}]) * 30)
+
+
+@pytest.mark.parametrize("order", range(1, 5))
+@pytest.mark.parametrize("protnone_first", [True, False])
+def test_an_inverted_pfn_is_no_place_for_entries_of_the_other_kind(level, order, protnone_first):
+    """x86-64 inverts the PFN of PROT_NONE entries: read the other way, they map pages of another folio, which is here too."""
+    nr, low = 1 << order, 1 << 18
+    protnone = WRITABLE & ~(L.write | L.valid | L.user) | L.protnone
+    first, then = (protnone, WRITABLE) if protnone_first else (WRITABLE, protnone)
+    folios = FolioTable()
+    folios.add_folios(np.arange(low, low + 256, nr), order)
+    folios.add_folios(np.arange((MAX_PFN - low - 255) & -64, MAX_PFN - low + 1), 0)
+    values = [arch.mk_pte(L, low + j, first) for j in range(nr)]
+    values += [arch.mk_pte(L, low + nr + j, then) for j in range(nr)]
+    values += [arch.mk_pte(L, low + 2 * nr + j, then if j else then & ~L.young) for j in range(nr)]
+    values += [arch.mk_pte(L, MAX_PFN - (low + 3 * nr + j), first) for j in range(2 * nr)]
+    values += [arch.mk_pte(L, low + 5 * nr + j, then) for j in range(nr)]
+    mm = Mm.for_vmas(L, folios, [Vma(START, START + (len(values) << 12), PRIVATE, anon_vma=True)])
+    mm.fill(START, np.array(values, dtype=np.uint64))
+    account(mm)
+    like = folios.lookup(np.arange(low, low + nr))
+    for k in (3, 4):
+        at = folios.lookup(np.arange(low + k * nr, low + (k + 1) * nr))
+        folios._words[at], folios._aux[at] = folios._words[like], folios._aux[like]
+    for semantics, batching in ((V6_9, True), (V6_12, True), (V6_12, False), (LATEST, True), (LATEST, False)):
+        assert not forked(mm, semantics, batching).differs(without_lane(forked, mm, semantics, batching))

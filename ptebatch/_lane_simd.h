@@ -556,6 +556,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole_run)(const struct lane *l, const 
     uint64_t flags = t->flags, protect = t->protect, child = t->child;
     V ramp[MOST], before[MOST], after[MOST];
     size_t k;
+    if (!both && (flags & valid) != kind)
+        return i;
     LANE(lane_words)(t, before, after, pages);
     for (k = 0; k < pages / LANES; k++)
         ramp[k] = LANE(ramp)(k * LANES * step, step);
@@ -572,7 +574,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole_run)(const struct lane *l, const 
             child = t->child;
             LANE(lane_words)(t, before, after, pages);
         }
-        if ((head & ~pfn_mask) != flags || (head & valid) != kind)
+        if ((head & ~pfn_mask) != flags || (both && (head & valid) != kind))
             break;
         if (slots && ((aux[at] ^ t->aux[0]) | (aux[at + 1] ^ t->aux[1])))
             break;

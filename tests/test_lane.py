@@ -1009,8 +1009,8 @@ def test_a_writer_of_few_entries(level, orders, value, monkeypatch):  # noqa: F8
 
 @pytest.mark.parametrize("order", range(1, 5))
 @pytest.mark.parametrize("protnone_first", [True, False])
-def test_an_inverted_pfn_is_no_place_for_entries_of_the_other_kind(level, order, protnone_first):
-    """x86-64 inverts the PFN of PROT_NONE entries: read the other way, they map pages of another folio, which is here too."""
+def test_an_inverted_pfn_is_no_place_for_entries_of_the_other_kind(level, order, protnone_first):  # noqa: F811
+    """x86-64 inverts the PFN of PROT_NONE entries: read the other way, they map another folio, here too."""
     nr, low = 1 << order, 1 << 18
     protnone = WRITABLE & ~(L.write | L.valid | L.user) | L.protnone
     first, then = (protnone, WRITABLE) if protnone_first else (WRITABLE, protnone)

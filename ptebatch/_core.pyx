@@ -1261,7 +1261,7 @@ cdef Py_ssize_t copy_by_threads(uint64_t[:, ::1] dst, Py_ssize_t drow, uint64_t[
     cdef Py_ssize_t row, idx, upto, ran
     cdef lane_rest *rests = NULL
     cdef size_t nr_rests = 0, k
-    # Nothing may fail half-way, and for pages that may be pinned others are taken in the order of entries.
+    # No allocation may fail half-way, and for pages that may be pinned others are taken in the order of entries.
     if W.allocations <= room or R.has_pinned or not W.fast.level:
         return 0
     ran = lane_threads(W.fast, &src[srow, begin], &dst[drow, begin], room, end - begin, &marks[0, 0],

@@ -13,7 +13,7 @@
  * Asked of every entry:
  *   none                         counted and passed over
  *   swapped out                  lane_swap, where its slot is known and has few references; lane_swaps where neighbours' slots
- *                                are neighbours
+ *                                are neighbours (at the scalar level the same as lane_swap)
  *   present, not special         PROT_NONE included; other entries stop the lane
  * Asked of every page or folio: it is in the memmap (bounds are checked in every build), no count is near its limit, it is
  * not a hugetlb folio and cannot be pinned. Then there are these cases:
@@ -44,8 +44,8 @@
  * Several threads may run the lane over tables of their own: lane_marks and lane_threads, at the end.
  *
  * _lane_simd.h holds these functions once; it is included below for each level with that level's vector operations. Loops
- * that are not about many entries at once are plain C further down. Each entry is read once per pass, and a page's index
- * is bounds-checked after it was read, so that a concurrent writer can spoil results but not reach outside the arrays.
+ * that are not about many entries at once are plain C further down. A page's index is bounds-checked after it was read and
+ * not read again, so that a concurrent writer can spoil results but not reach outside the arrays.
  */
 #ifndef PTEBATCH_LANE_H
 #define PTEBATCH_LANE_H
@@ -629,8 +629,8 @@ LANE_INLINE void lane_like_small(struct lane *l, uint64_t v, uint64_t w)
 #define LANE_WHOLE_VALUE (LANE_KIND | LANE_BIT(VALID_BIT_) | (LANE_BIT(ORDER_BITS_) - 1) << ORDER_SHIFT_)
 #define LANE_WHOLE_MASK (LANE_WHOLE_VALUE | LANE_BIT(HUGETLB_BIT_) | LANE_HALF_COUNTER | (uint64_t)3 << (MAPCOUNT_BITS_ - 2))
 
-/* All bits at the place of page 2, of page 3. */
-static const uint64_t lane_third[16] = { 0, 0, ~(uint64_t)0 }, lane_fourth[16] = { 0, 0, 0, ~(uint64_t)0 };
+/* All bits at the place of page 2. */
+static const uint64_t lane_third[16] = { 0, 0, ~(uint64_t)0 };
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 

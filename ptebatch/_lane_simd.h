@@ -1,11 +1,12 @@
 /*
  * The lane's loops over entries, once for every SIMD level: _lane.h includes this file with LANE(name) giving a name its
  * level's suffix, LANE_TARGET the level's target attribute, LANES the entries in a vector, and the vector operations
- * load, store, stream (store past the cache), set (all lanes), ramp (first, first + step, ...), and, andnot (~a & b), or, xor, add, sub, shr,
- * nonzero (any lane), count (lanes that have a bit), choose (x == y ? a : b in each lane), fold (OR of all lanes), apart
- * (nonzero unless every four lanes are places of the pages of a quad; of one lane, which says nothing, nonzero). Of several
- * lanes also: same (lanes that are equal, as bits), store_some (the lanes of such bits), some (those of one, the rest of the
- * other), behind (the last lane of one, and all but the last of the other).
+ * load, store, stream (store past the cache), set (all lanes), ramp (first, first + step, ...), and, andnot (~a & b),
+ * or, xor, add, sub, shr, nonzero (any lane), count (lanes that have a bit), choose (x == y ? a : b in each lane), fold
+ * (OR of all lanes), apart (nonzero unless every four lanes are places of the pages of a quad; of one lane, which says
+ * nothing, nonzero). Of several lanes also: same (lanes that are equal, as bits), store_some (the lanes of such bits),
+ * some (those of one, the rest of the other), behind (the last lane of one, and all but the last of the other). Of four
+ * lanes: twins (nonzero if two are equal).
  */
 #define V LANE(vec)
 
@@ -63,9 +64,10 @@ LANE_TARGET LANE_INLINE V LANE(lane_extent)(const struct lane *l, V v, V *bad)
 }
 
 /* How lane_check tells entries that map pages of the extent: as lane_extent does, and PROT_NONE entries, whose PFN may be
- * inverted, as what they would be without that. */
+ * inverted, as what they would be without that. Entries of one swap area are fine too: `swapped` where `absent` has bits. */
 struct LANE(lane_kind) {
-    V turn, mask, first, last;
+    V turn, mask, first, last, absent, swapped;
+    int protnone, swaps; /* swaps: whether there is such an area yet */
 };
 
 LANE_TARGET LANE_INLINE struct LANE(lane_kind) LANE(lane_kind_of)(const struct lane *l, int protnone)
@@ -76,6 +78,9 @@ LANE_TARGET LANE_INLINE struct LANE(lane_kind) LANE(lane_kind_of)(const struct l
     kind.mask = LANE(set)(l->pfn_mask | l->valid | l->special | also);
     kind.first = LANE(set)(first);
     kind.last = LANE(set)((l->extent_len - 1) << LANE_PFN_SHIFT);
+    kind.absent = kind.swapped = LANE(set)(0);
+    kind.protnone = protnone;
+    kind.swaps = 0;
     return kind;
 }
 
@@ -86,13 +91,20 @@ LANE_TARGET LANE_INLINE V LANE(lane_unkind)(const struct LANE(lane_kind) *kind, 
     return LANE(and)(LANE(or)(at, LANE(sub)(kind->last, at)), LANE(set)(LANE_BIT(63) | (LANE_BIT(LANE_PFN_SHIFT) - 1)));
 }
 
-/* Nonzero if one of 4 * LANES entries is not. */
+/* Nonzero if one of 4 * LANES entries is neither of that kind nor of its swap area. */
 LANE_TARGET LANE_INLINE V LANE(lane_bad)(const struct LANE(lane_kind) *kind, const uint64_t *entries)
 {
     V bad = LANE(set)(0);
     size_t k = 0;
-    for (; k < 4 * LANES; k += LANES)
-        bad = LANE(or)(bad, LANE(lane_unkind)(kind, LANE(load)(entries + k)));
+    if (kind->swaps) {
+        for (; k < 4 * LANES; k += LANES) {
+            const V v = LANE(load)(entries + k), unkind = LANE(lane_unkind)(kind, v);
+            bad = LANE(or)(bad, LANE(choose)(LANE(and)(v, kind->absent), kind->swapped, LANE(set)(0), unkind));
+        }
+    } else {
+        for (; k < 4 * LANES; k += LANES)
+            bad = LANE(or)(bad, LANE(lane_unkind)(kind, LANE(load)(entries + k)));
+    }
     for (k = 0; k < 4 * LANES; k += LANE_LINE)
         LANE_PREFETCH_READ((const void *)((uintptr_t)(entries + k) + LANE_AHEAD_STREAM * sizeof(uint64_t)));
     return bad;
@@ -110,14 +122,41 @@ LANE_TARGET LANE_INLINE V LANE(lane_any_kind)(const struct lane *l, V v)
     return LANE(choose)(none, zero, zero, bad);
 }
 
-/* The read-only pass: entries from the front, LANES at a time, that copying may go on with as far as their pages are concerned. */
+/* As lane_any_kind, of 4 * LANES entries; from now on others like them are of the kind. */
+LANE_TARGET LANE_INLINE V LANE(lane_mixed)(const struct lane *l, struct LANE(lane_kind) *kind, const uint64_t *entries)
+{
+    const uint64_t area = l->present | l->swp_type_mask << l->swp_type_shift;
+    V bad = LANE(set)(0);
+    size_t k = 0;
+    int present = 1;
+    for (; k < 4 * LANES; k += LANES) {
+        const V v = LANE(load)(entries + k);
+        bad = LANE(or)(bad, LANE(lane_any_kind)(l, v));
+        present &= LANE(count)(v, l->present) == LANES;
+    }
+    if (entries[0] & l->present && !(entries[0] & l->valid) != kind->protnone) {
+        const struct LANE(lane_kind) last = *kind;
+        *kind = LANE(lane_kind_of)(l, !last.protnone);
+        kind->absent = last.absent;
+        kind->swapped = last.swapped;
+        kind->swaps = last.swaps;
+    }
+    for (k = 0; !present && k < 4 * LANES; k++)
+        if (!(entries[k] & l->present) && (entries[k] >> l->swp_type_shift & l->swp_type_mask) < l->swp_types) {
+            kind->absent = LANE(set)(area);
+            kind->swapped = LANE(set)(entries[k] & area);
+            kind->swaps = 1;
+            break;
+        }
+    return bad;
+}
+
+/* The read-only pass: how many entries from the front copying may go on with, as far as their pages are concerned. */
 LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t *entries, size_t n)
 {
     const size_t part = n / LANE_STREAMS & ~(size_t)(4 * LANES - 1);
-    int protnone = n && entries[0] & l->present && !(entries[0] & l->valid);
-    struct LANE(lane_kind) kind = LANE(lane_kind_of)(l, protnone);
-    const V zero = LANE(set)(0);
-    size_t i = 0, k, many;
+    struct LANE(lane_kind) kind = LANE(lane_kind_of)(l, n && entries[0] & l->present && !(entries[0] & l->valid));
+    size_t i = 0, k;
     V bad;
     /* Mostly all are of one kind. One stream of reads does not keep the memory busy: several at once do. */
     if (part >= LANE_LONG) {
@@ -125,29 +164,21 @@ LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t 
             bad = LANE(lane_bad)(&kind, entries + i);
             for (k = 1; k < LANE_STREAMS; k++)
                 bad = LANE(or)(bad, LANE(lane_bad)(&kind, entries + i + k * part));
+            if (!LANE(nonzero)(bad))
+                continue;
+            bad = LANE(lane_mixed)(l, &kind, entries + i);
+            for (k = 1; k < LANE_STREAMS; k++)
+                bad = LANE(or)(bad, LANE(lane_mixed)(l, &kind, entries + i + k * part));
             if (LANE(nonzero)(bad))
                 break;
         }
         i = i < part ? i : LANE_STREAMS * part;
     }
-    for (; i + LANES <= n; i += many * LANES) {
-        while (i + 4 * LANES <= n && !LANE(nonzero)(LANE(lane_bad)(&kind, entries + i)))
-            i += 4 * LANES;
-        if (i + LANES > n)
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        if (LANE(nonzero)(LANE(lane_bad)(&kind, entries + i)) && LANE(nonzero)(LANE(lane_mixed)(l, &kind, entries + i)))
             break;
-        many = i + 4 * LANES <= n ? 4 : 1; /* at once: which of them is of another kind cannot be predicted */
-        for (k = 0, bad = zero; k < many; k++)
-            bad = LANE(or)(bad, LANE(lane_any_kind)(l, LANE(load)(entries + i + k * LANES)));
-        if (LANE(nonzero)(bad)) {
-            if (many == 1 || LANE(nonzero)(LANE(lane_any_kind)(l, LANE(load)(entries + i))))
-                break;
-            many = 1;
-        }
-        if (!(entries[i] & l->valid) == !protnone && entries[i] & l->present) {
-            protnone = !protnone;
-            kind = LANE(lane_kind_of)(l, protnone);
-        }
-    }
+    for (; i + LANES <= n && !LANE(nonzero)(LANE(lane_any_kind)(l, LANE(load)(entries + i))); i += LANES)
+        ;
     return i;
 }
 
@@ -298,6 +329,66 @@ LANE_TARGET LANE_APART size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, ui
     return i + lane_swap(l, src + i, dst + i, n - i);
 }
 
+/* As lane_piece, where all entries that map a page are like v, whatever is between them; 0 with nothing done if not. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_gaps)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
+                                               size_t left, uint64_t v, uint64_t step, uint64_t clear, const size_t wide,
+                                               size_t *mapped)
+{
+    enum { MOST = LANE_WHOLE / LANES, ALL = (1 << LANES) - 1 };
+    const int any = (v & l->writable) != 0, write = any && l->cow, always = !l->clamp && n < left;
+    const V zero = LANE(set)(0), ramp = LANE(ramp)(v, step), present = LANE(set)(l->present);
+    const V protect = LANE(set)(write ? lane_wrprotect(l, v) - v : 0), child = LANE(set)(lane_child(l, v, any) - v);
+    V like[MOST], before[MOST], near = zero;
+    unsigned alike = 0, absent = 0, exclusive = 0, rest, begins, some;
+    size_t k, done = n, nr_none = 0;
+    int nr_batches;
+    for (k = 0; k < wide / LANES; k++) {
+        const V entries = LANE(load)(src + k * LANES);
+        like[k] = LANE(add)(ramp, LANE(set)(k * LANES * step));
+        before[k] = LANE(load)(words + k * LANES);
+        alike |= LANE(same)(entries, like[k]) << k * LANES;
+        absent |= LANE(same)(LANE(and)(entries, present), zero) << k * LANES;
+        exclusive |= (LANE(same)(LANE(and)(before[k], LANE(set)(clear)), zero) ^ ALL) << k * LANES;
+        near = LANE(or)(near, before[k]);
+    }
+    if (~(alike | absent) & ((1u << n) - 1) || LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2)))))
+        return 0;
+    for (rest = absent & ((1u << n) - 1); rest; rest &= ~(((1u << k) - 1) << done), done = n) {
+        done = (size_t)__builtin_ctz(rest);
+        k = lane_swap(l, src + done, dst + done, n - done);
+        if (!k && (src[done] & ~l->none_ignore) != l->none_value)
+            break;
+        nr_none += !k;
+        k += !k;
+    }
+    alike &= (1u << done) - 1;
+    begins = alike & ~(alike << 1);
+    nr_batches = __builtin_popcount(begins);
+    for (some = begins; some; some &= some - 1) {
+        const int from = __builtin_ctz(some);
+        l->hist[__builtin_ctz(~(alike >> from))]++;
+    }
+    for (k = 0; k < wide / LANES; k++) {
+        const unsigned lanes = alike >> k * LANES & ALL;
+        const V word = LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount));
+        if (write)
+            LANE(store_some)(src + k * LANES, lanes, LANE(add)(like[k], protect));
+        LANE(store_some)(dst + k * LANES, lanes, LANE(add)(like[k], child));
+        if ((k + 1) * LANES <= n) /* words of this folio only */
+            LANE(store)(words + k * LANES, LANE(some)(lanes, word, before[k]));
+        else
+            LANE(store_some)(words + k * LANES, lanes, word);
+    }
+    *mapped = (size_t)__builtin_popcount(alike);
+    /* Reads of the scan: all entries but the first of each batch, and the one that ended it. */
+    l->reads += (int64_t)*mapped - (always ? 0 : alike >> (n - 1) & 1);
+    l->wrprotects += write ? nr_batches : 0;
+    l->wrprotected += write ? (int64_t)*mapped : 0;
+    l->exclusive += __builtin_popcount(alike & exclusive);
+    l->none += (int64_t)nr_none;
+    return done;
+}
+
 /* All batches among the first n entries, at most `wide` (constant where inlined: to LANE_WHOLE), that are none, swapped out, or
  * map the pages of one folio, each the page of its place from words on; v is the first. As many as `wide` may be read from src
  * and words; the table ends after `left`. Returns how many slots were dealt with, of which *mapped map a page; 0 if a mapcount
@@ -312,7 +403,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     const V zero = LANE(set)(0), first = LANE(set)(v & which);
     const V ramp = LANE(ramp)(0, step);
     V entries[MOST], before[MOST], after[MOST], kind = LANE(set)(~lane_changed(&l->norm, v)), near = zero;
-    unsigned same = 0, none = 0, readonly = 0, shared = 0, begins = 0, other = 0, todo, protect = 0;
+    unsigned same = 0, none = 0, readonly = 0, shared = 0, begins = 0, todo, protect = 0;
     uint64_t each[LANE_WHOLE];
     size_t k, done = n;
     for (k = 0; k < many; k++) {
@@ -324,7 +415,6 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
         /* Where an entry does not go on with the batch of the one before it. */
         kind = LANE(sub)(LANE(lane_change)(&l->norm, entries[k]), place);
         begins |= (LANE(same)(LANE(behind)(last, kind), kind) ^ ALL) << k * LANES;
-        other |= (LANE(same)(LANE(sub)(entries[k], place), LANE(set)(v)) ^ ALL) << k * LANES;
         same |= LANE(same)(LANE(and)(entries[k], LANE(set)(which)), LANE(add)(first, place)) << k * LANES;
         none |= LANE(same)(LANE(and)(entries[k], LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)) << k * LANES;
         readonly |= LANE(same)(LANE(and)(entries[k], LANE(set)(l->writable)), zero) << k * LANES;
@@ -334,17 +424,6 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     if (LANE(nonzero)(LANE(and)(near, LANE(set)((uint64_t)3 << (MAPCOUNT_BITS_ - 2)))))
         return 0;
     todo = ~none & ((1u << n) - 1);
-    if (!(same & other)) { /* all batches will do then: what is swapped out, which cannot be predicted, can be done first */
-        unsigned rest = todo & ~same;
-        for (; rest; rest &= ~(((1u << k) - 1) << done)) {
-            done = (size_t)__builtin_ctz(rest);
-            k = lane_swap(l, src + done, dst + done, n - done);
-            if (!k)
-                break;
-        }
-        done = rest ? done : n;
-        todo &= same & ((1u << done) - 1);
-    }
     while (todo) { /* batch by batch */
         const size_t from = (size_t)__builtin_ctz(todo);
         const size_t nr = (size_t)__builtin_ctz(~(todo & same) >> from | (begins >> from & ~1u));
@@ -408,11 +487,17 @@ LANE_TARGET LANE_APART size_t LANE(lane_pieces)(struct lane *l, uint64_t *src, u
         if (!(v & l->present)) {
             done = lane_swap(l, src + i, dst + i, n - i);
         } else {
-            if (v & l->special || lane_pfn(l, v) != pfn + i || !lane_canonical(l, v) || ahead - i < wide || l->nr_words - page - i < wide)
+            if (v & l->special || lane_pfn(l, v) != pfn + i || !lane_canonical(l, v))
+                break;
+            if (ahead - i < wide || l->nr_words - page - i < wide)
                 break;
             if (wide == 4)
-                done = LANE4(lane_piece)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, 4, &nr);
+                done = LANE4(lane_gaps)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, 4, &nr);
             else
+                done = LANE(lane_gaps)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, LANE_WHOLE, &nr);
+            if (!done && wide == 4)
+                done = LANE4(lane_piece)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, 4, &nr);
+            else if (!done)
                 done = LANE(lane_piece)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, LANE_WHOLE, &nr);
         }
         if (!done)
@@ -424,20 +509,24 @@ LANE_TARGET LANE_APART size_t LANE(lane_pieces)(struct lane *l, uint64_t *src, u
     return i;
 }
 
-/* For lane_whole: slot i has the first page of a folio, at that place of the extent, which is not mapped whole by one batch.
- * Returns how many slots were dealt with. */
-LANE_TARGET LANE_APART size_t LANE(lane_broken)(struct lane *l, uint64_t *src, uint64_t *dst, size_t i, size_t n,
-                                                size_t left, size_t ahead, uint64_t at, int order)
+/* For lane_whole: slot i has page `offset` of a folio that begins at that place of the extent and is not mapped whole by one
+ * batch; the pages before are done. Returns how many slots were dealt with. */
+LANE_TARGET LANE_APART size_t LANE(lane_broken)(struct lane *l, uint64_t *src, uint64_t *dst, size_t i, size_t n, size_t left,
+                                                size_t ahead, uint64_t at, size_t offset, int order)
 {
     const size_t page = l->extent_at + at, pages = (size_t)1 << order;
-    const uint64_t w = l->words[page], pfn = l->extent_pfn + at;
+    const uint64_t w = l->words[page], pfn = l->extent_pfn + at + offset;
     size_t done;
     if (!l->batching || !(w >> VALID_BIT_) || (w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1)) != (uint64_t)order
         || !lane_large_ok(l, page, w))
         return 0;
-    left = lane_left(l, left, i, n);
-    left = left ? left : l->ptrs < n - i ? l->ptrs : n - i;
-    done = LANE(lane_pieces)(l, src + i, dst + i, pages, left, ahead - i, pfn, page, w);
+    if (l->clamp) {
+        left = pages - offset; /* what is behind the folio is not read */
+    } else {
+        left = lane_left(l, left, i, n);
+        left = left ? left : l->ptrs < n - i ? l->ptrs : n - i;
+    }
+    done = LANE(lane_pieces)(l, src + i, dst + i, pages - offset, left, ahead - i, pfn, page + offset, w);
     if (done == pages) /* lane_behind will count it as if it were whole */
         l->reads -= !l->clamp && left > pages;
     return done;
@@ -514,7 +603,7 @@ LANE_TARGET LANE_INLINE int LANE(lane_whole_one)(struct lane *l, uint64_t *src, 
     return 1;
 }
 
-/* Whether any of n entries (a multiple of LANES, constant where inlined) is none or swapped out. */
+/* Whether any of n entries (a multiple of LANES, constant where inlined) is not present. */
 LANE_TARGET LANE_INLINE int LANE(lane_absent)(const uint64_t *entries, uint64_t present, const size_t n)
 {
     const V mask = LANE(set)(present), zero = LANE(set)(0);
@@ -623,11 +712,11 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole_run)(const struct lane *l, const 
     return i;
 }
 
-/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, each mapped whole, and what is
- * swapped out between them; v is the first entry and w its page's word. Folios like one of the two kinds met last are only
- * compared and stored: runs of one kind, or of both where few of one kind follow each other, which cannot be predicted.
- * Returns the entries copied. The first table ends after `left` entries, and every further one after l->ptrs more; no folio
- * crosses an end. */
+/* Folios of `pages` pages (constant where inlined: 2 to 16) from the front of n entries, each mapped whole, and (with
+ * the clamp, or without batching) what is swapped out between them; v is the first entry and w its page's word. Folios
+ * like one of the two kinds met last are only compared and stored: runs of one kind, or of both where few of one kind
+ * follow each other, which cannot be predicted. Returns how many slots were dealt with. The first table ends after
+ * `left` entries, and every further one after l->ptrs more; no folio crosses an end. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n, size_t left,
                                                 size_t ahead, uint64_t v, uint64_t w, const size_t pages, const int order)
 {
@@ -649,16 +738,31 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
         likes[1].folios += (int64_t)seconds;
         if (i + pages > until) {
             both = seconds && seconds < done;
+            second = seconds != 0;
             continue;
         }
         head = src[i];
         pfn = ((head ^ flip) & l->pfn_mask) >> LANE_PFN_SHIFT;
         at = pfn - l->extent_pfn;
         if (!(head & l->present) && (l->clamp || !l->batching)) { /* else lane_behind would take them for folios */
-            done = LANE(lane_swaps)(l, src + i, dst + i, n - i);
-            if (!done || done & (pages - 1))
-                return i + done;
-            i += done;
+            size_t offset = LANE(lane_swaps)(l, src + i, dst + i, n - i);
+            if (!offset)
+                return i;
+            i += offset;
+            offset &= pages - 1;
+#if LANES > 1
+            if (offset && i + pages - offset <= n) { /* it may be that only the first pages of a folio were swapped out */
+                head = src[i];
+                at = (((head ^ flip) & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn - offset;
+                if (at >= room || (at + l->extent_pfn) & (pages - 1) || (head ^ v) & hard)
+                    return i;
+                done = LANE(lane_broken)(l, src, dst, i, n, left, ahead, at, offset, order);
+                i += done;
+                offset = (offset + done) & (pages - 1);
+            }
+#endif
+            if (offset)
+                return i;
             continue;
         }
         if (at >= room || pfn & (pages - 1) || (head ^ v) & hard || l->words[l->extent_at + at] & l->large_mask)
@@ -676,7 +780,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             continue;
         }
 #if LANES > 1
-        done = LANE(lane_broken)(l, src, dst, i, n, left, ahead, at, order);
+        done = LANE(lane_broken)(l, src, dst, i, n, left, ahead, at, 0, order);
         if (done == pages) {
             i += done;
             continue;
@@ -1280,7 +1384,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_protect_alike)(struct lane *l, uint64_t
     const uint64_t room = l->extent_len < pages ? 0 : l->extent_len - pages + 1;
     const V lanes = LANE(ramp)(0, LANE_BIT(LANE_PFN_SHIFT)), next = LANE(set)(LANES << LANE_PFN_SHIFT);
     const uint64_t *const words = l->words + l->extent_at;
-    const size_t distance = l->far ? LANE_AHEAD_LARGE : 2 * LANE_AHEAD_LARGE, fetch = l->prefetch && ahead > distance ? ahead - distance : 0;
+    const size_t distance = l->far ? LANE_AHEAD_LARGE : 2 * LANE_AHEAD_LARGE;
+    const size_t fetch = l->prefetch && ahead > distance ? ahead - distance : 0;
     size_t i = 0, k;
     for (; i + pages <= n; i += pages) {
         const uint64_t place = src[i] & pfn_mask, at = (place >> LANE_PFN_SHIFT) - extent_pfn, head = place | flags;

@@ -26,7 +26,7 @@ from ptebatch import arch, batch, memory
 from ptebatch.arch import X86_64 as L
 from ptebatch.arch import swp_entry
 from ptebatch.errors import PtebatchError
-from ptebatch.folio import AE_BIT, MAX_PFN, FolioTable
+from ptebatch.folio import AE_BIT, MAX_PFN, NEAR_LIMIT, FolioTable
 from ptebatch.fork import ForkPlan, fork
 from ptebatch.mm import Mm, Vma, account, configured, copy_state
 from ptebatch.protect import wrprotect_range
@@ -690,6 +690,28 @@ def test_a_count_near_its_limit_beside_a_gap(level, page):  # noqa: F811
     for count in (1 << 22, (1 << 23) - 1, (1 << 24) - 1):
         mm.folios.page(pfn).mapcount = count
         check(mm, (LATEST, True))
+
+
+MAPPED = {
+    "whole": [Piece(4)],
+    "a gap": [Piece(4, WRITABLE, 0, 8), HOLE, Piece(4, WRITABLE, 9, 7, again=2)],
+    "swap": [Piece(4, WRITABLE, 0, 8), Piece(value=swp_entry(L, 0, 9)), Piece(4, WRITABLE, 9, 7, again=2)],
+    "two batches": [Piece(4, WRITABLE, 0, 9), Piece(4, READONLY, 9, 7, again=1)],
+    "many pages": [Piece(6)],
+    "a part of many": [Piece(6, WRITABLE, 0, 40)],
+}
+
+
+@pytest.mark.parametrize("batching", [True, False])
+@pytest.mark.parametrize("page", [0, 5, 15])
+@pytest.mark.parametrize("how", MAPPED)
+def test_mapcounts_that_come_near_their_limit_are_told(level, how, page, batching):  # noqa: F811
+    """They are checked from then on only; an overflow would be one of the word's next field."""
+    mm = lay([Piece(4), *MAPPED[how], Piece(4)] * 2)
+    mm.folios.page(arch.pte_pfn(L, int(mm.entries[0, 16])) + page).mapcount = NEAR_LIMIT - 1
+    for told in (False, True):
+        ForkPlan(mm, semantics=LATEST, batching=batching).run()
+        assert mm.folios._near_limit is told
 
 
 @settings(max_examples=EXAMPLES)

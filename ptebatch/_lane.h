@@ -26,8 +26,9 @@
  *   folios of 32 to 512 pages    lane_alike, like lane_whole: in one pass too, which is undone where a folio turns out different
  *   small folios, and folios of  lane_quads, after several short runs: by four entries, of whatever order they are (not at the
  *   4 to 16 pages that take turns  scalar level)
- *   at most 16 entries of others lane_pieces: all batches of a folio at once, with what is none or swapped out between them
- *                                (not at the scalar level)
+ *   at most 16 entries of others lane_pieces: all batches of a folio at once, with what is none or swapped out between them;
+ *                                by lane_gaps where the entries that map pages are alike, else lane_piece (not at the scalar
+ *                                level)
  *   any other batch              lane_fused where entry 0 is writable, which settles that the parent's entries change:
  *                                one pass; else lane_scan, then lane_rewrite, over entries that are in the cache by then
  *   without batching             lane_whole and lane_alike for whole folios mapped by entries alike, else lane_each, whatever

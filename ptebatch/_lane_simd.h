@@ -91,23 +91,29 @@ LANE_TARGET LANE_INLINE V LANE(lane_unkind)(const struct LANE(lane_kind) *kind, 
     return LANE(and)(LANE(or)(at, LANE(sub)(kind->last, at)), LANE(set)(LANE_BIT(63) | (LANE_BIT(LANE_PFN_SHIFT) - 1)));
 }
 
-/* Nonzero if one of 4 * LANES entries is neither of that kind nor of its swap area. */
-LANE_TARGET LANE_INLINE V LANE(lane_bad)(const struct LANE(lane_kind) *kind, const uint64_t *entries)
+/* From i on to `end`, 4 * LANES entries at a time of each stream (constant where inlined, as swaps), which lie `part` entries
+ * behind each other: where the first are that are not all of that kind or (if swaps) of its swap area. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_kin)(const struct LANE(lane_kind) *shared, const uint64_t *entries, size_t i,
+                                              size_t end, size_t part, const size_t streams, const int swaps)
 {
-    V bad = LANE(set)(0);
-    size_t k = 0;
-    if (kind->swaps) {
-        for (; k < 4 * LANES; k += LANES) {
-            const V v = LANE(load)(entries + k), unkind = LANE(lane_unkind)(kind, v);
-            bad = LANE(or)(bad, LANE(choose)(LANE(and)(v, kind->absent), kind->swapped, LANE(set)(0), unkind));
+    const struct LANE(lane_kind) local = *shared, *kind = &local; /* as in lane_run */
+    size_t stream, k;
+    for (; i + 4 * LANES <= end; i += 4 * LANES) {
+        V bad = LANE(set)(0);
+        for (stream = 0; stream < streams; stream++) {
+            const uint64_t *const some = entries + i + stream * part;
+            for (k = 0; k < 4 * LANES; k += LANES) {
+                const V v = LANE(load)(some + k), unkind = LANE(lane_unkind)(kind, v);
+                const V more = swaps ? LANE(choose)(LANE(and)(v, kind->absent), kind->swapped, LANE(set)(0), unkind) : unkind;
+                bad = LANE(or)(bad, more);
+            }
+            for (k = 0; k < 4 * LANES; k += LANE_LINE)
+                LANE_PREFETCH_READ((const void *)((uintptr_t)(some + k) + LANE_AHEAD_STREAM * sizeof(uint64_t)));
         }
-    } else {
-        for (; k < 4 * LANES; k += LANES)
-            bad = LANE(or)(bad, LANE(lane_unkind)(kind, LANE(load)(entries + k)));
+        if (LANE(nonzero)(bad))
+            break;
     }
-    for (k = 0; k < 4 * LANES; k += LANE_LINE)
-        LANE_PREFETCH_READ((const void *)((uintptr_t)(entries + k) + LANE_AHEAD_STREAM * sizeof(uint64_t)));
-    return bad;
+    return i;
 }
 
 /* Zero if LANES entries, whatever mixture, are none, or map a page of the extent, or are of pages that are swapped out. */
@@ -151,32 +157,34 @@ LANE_TARGET LANE_INLINE V LANE(lane_mixed)(const struct lane *l, struct LANE(lan
     return bad;
 }
 
+/* As lane_kin, as far as copying may go on. */
+LANE_TARGET LANE_INLINE size_t LANE(lane_may)(const struct lane *l, struct LANE(lane_kind) *kind, const uint64_t *entries,
+                                              size_t i, size_t end, size_t part, const size_t streams)
+{
+    size_t stream;
+    for (;; i += 4 * LANES) {
+        V bad = LANE(set)(0);
+        i = kind->swaps ? LANE(lane_kin)(kind, entries, i, end, part, streams, 1)
+            : LANE(lane_kin)(kind, entries, i, end, part, streams, 0);
+        if (i + 4 * LANES > end)
+            return i;
+        for (stream = 0; stream < streams; stream++)
+            bad = LANE(or)(bad, LANE(lane_mixed)(l, kind, entries + i + stream * part));
+        if (LANE(nonzero)(bad))
+            return i;
+    }
+}
+
 /* The read-only pass: how many entries from the front copying may go on with, as far as their pages are concerned. */
 LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t *entries, size_t n)
 {
     const size_t part = n / LANE_STREAMS & ~(size_t)(4 * LANES - 1);
     struct LANE(lane_kind) kind = LANE(lane_kind_of)(l, n && entries[0] & l->present && !(entries[0] & l->valid));
-    size_t i = 0, k;
-    V bad;
-    /* Mostly all are of one kind. One stream of reads does not keep the memory busy: several at once do. */
-    if (part >= LANE_LONG) {
-        for (; i < part; i += 4 * LANES) {
-            bad = LANE(lane_bad)(&kind, entries + i);
-            for (k = 1; k < LANE_STREAMS; k++)
-                bad = LANE(or)(bad, LANE(lane_bad)(&kind, entries + i + k * part));
-            if (!LANE(nonzero)(bad))
-                continue;
-            bad = LANE(lane_mixed)(l, &kind, entries + i);
-            for (k = 1; k < LANE_STREAMS; k++)
-                bad = LANE(or)(bad, LANE(lane_mixed)(l, &kind, entries + i + k * part));
-            if (LANE(nonzero)(bad))
-                break;
-        }
-        i = i < part ? i : LANE_STREAMS * part;
-    }
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        if (LANE(nonzero)(LANE(lane_bad)(&kind, entries + i)) && LANE(nonzero)(LANE(lane_mixed)(l, &kind, entries + i)))
-            break;
+    size_t i = 0;
+    /* One stream of reads does not keep the memory busy: several at once do. */
+    if (part >= LANE_LONG)
+        i = LANE(lane_may)(l, &kind, entries, 0, part, part, LANE_STREAMS);
+    i = LANE(lane_may)(l, &kind, entries, i < part ? i : LANE_STREAMS * part, n, 0, 1);
     for (; i + LANES <= n && !LANE(nonzero)(LANE(lane_any_kind)(l, LANE(load)(entries + i))); i += LANES)
         ;
     return i;
@@ -754,7 +762,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_whole)(struct lane *l, uint64_t *src, u
             if (offset && i + pages - offset <= n) { /* it may be that only the first pages of a folio were swapped out */
                 head = src[i];
                 at = (((head ^ flip) & l->pfn_mask) >> LANE_PFN_SHIFT) - l->extent_pfn - offset;
-                if (at >= room || (at + l->extent_pfn) & (pages - 1) || (head ^ v) & hard)
+                if (at >= room || (at + l->extent_pfn) & (pages - 1))
                     return i;
                 done = LANE(lane_broken)(l, src, dst, i, n, left, ahead, at, offset, order);
                 i += done;

@@ -794,6 +794,17 @@ def test_folios_out_of_place_behind_swap_entries(level, order):  # noqa: F811
             check(lay([*[Piece(order)] * 2, *out, *[Piece(order)] * 9], at=512 - 8 * pages), run, times=2)
 
 
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_a_table_or_vma_that_ends_within_a_folio_whose_first_page_is_swapped_out(level, order):  # noqa: F811
+    """Its other pages are the next one's: copied with that, and of another batch."""
+    pages = 1 << order
+    out = [Piece(value=swp_entry(L, 0, 100 + k)) for k in range(pages + 1)]
+    first, second = Piece(order, WRITABLE, 1, pages // 2 - 1), Piece(order, WRITABLE, pages // 2, pages // 2, again=1)
+    for run in RUNS:
+        for shape in ({"vmas": 2}, {"at": 512 - 7 * pages // 2}):
+            check(lay([*[Piece(order)] * 2, *out, first, second, *[Piece(order)] * 3], **shape), run, times=2)
+
+
 @pytest.mark.parametrize("length", [3, 60, 64, 70])
 @pytest.mark.parametrize("order", [1, 2, 4])
 def test_kinds_by_chance_and_then_one(level, order, length):  # noqa: F811

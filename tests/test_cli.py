@@ -677,15 +677,14 @@ def test_interrupted_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_ctrl_c():
-    args = [sys.executable, "-m", "ptebatch", "fork", "--impl", "reference", "--workload", "size=2GiB,clean=0.5"]
+    command = ["ptebatch", "fork", "--impl", "reference", "--workload", "size=2GiB,clean=0.5"]
+    modules = "ptebatch.cli, ptebatch.fork, ptebatch.reference, ptebatch.report, ptebatch.workload"
+    code = f"import sys, {modules}; sys.argv = {command!r}; print('imported', flush=True); ptebatch.cli.main()"
     for _ in range(3):
+        args = [sys.executable, "-c", code]
         with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            status = Path(f"/proc/{process.pid}/status")
-            while process.poll() is None:  # until it holds the address space, so that it is past its imports
-                found = re.search(r"VmRSS:\s+(\d+)", status.read_text()) if status.exists() else None
-                if found and int(found[1]) > 60_000:
-                    break
-                time.sleep(0.05)
+            assert process.stdout is not None and process.stdout.readline() == "imported\n"
+            time.sleep(0.5)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=300)
         # Python drops an interrupt that comes while it runs a finalizer (and says so), or under a bare `except:` of its

@@ -677,13 +677,17 @@ def test_interrupted_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_ctrl_c():
-    command = ["ptebatch", "fork", "--impl", "reference", "--workload", "size=2GiB,clean=0.5"]
-    modules = "ptebatch.cli, ptebatch.fork, ptebatch.reference, ptebatch.report, ptebatch.workload"
-    code = f"import sys, {modules}; sys.argv = {command!r}; print('imported', flush=True); ptebatch.cli.main()"
+    code = (
+        "import sys, ptebatch.cli, ptebatch.fork, ptebatch.reference, ptebatch.report, ptebatch.workload\n"
+        "build = ptebatch.workload.Workload.build\n"
+        "ptebatch.workload.Workload.build = lambda *args, **how: print('begins', flush=True) or build(*args, **how)\n"
+        "sys.argv = ['ptebatch', 'fork', '--impl', 'reference', '--workload', 'size=2GiB,clean=0.5']\n"
+        "ptebatch.cli.main()"
+    )
     for _ in range(3):
         args = [sys.executable, "-c", code]
         with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None and process.stdout.readline() == "imported\n"
+            assert process.stdout is not None and process.stdout.readline() == "begins\n"
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=300)

@@ -45,8 +45,8 @@
  * Several threads may run the lane over tables of their own: lane_marks and lane_threads, at the end.
  *
  * _lane_simd.h holds these functions once; it is included below for each level with that level's vector operations. Loops
- * that are not about many entries at once are plain C further down. A page's index is bounds-checked after it was read and
- * not read again, so that a concurrent writer can spoil results but not reach outside the arrays.
+ * that are not about many entries at once are plain C further down. A page's index is bounds-checked, and the entry is not read
+ * again for it, so that a concurrent writer can spoil results but not reach outside the arrays.
  */
 #ifndef PTEBATCH_LANE_H
 #define PTEBATCH_LANE_H
@@ -117,6 +117,7 @@ enum { KEY_TYPE_SHIFT_ = 56, SWAP_MAP_MAX_ = 62 }; /* of swap slots; as ptebatch
 enum { LANE_PFN_SHIFT = 12 }; /* of entries; lane_entries in _core.pyx keeps out layouts that have another */
 
 #define LANE_BIT(n) ((uint64_t)1 << (n))
+#define LANE_NO_AREA (~(uint64_t)0) /* of swap: no entry is like this */
 #define LANE_ONE_MAPPING (LANE_BIT(COUNTER_SHIFT_) + 1) /* of a small folio: one reference, one mapping */
 #define LANE_HALF_MAPCOUNT LANE_BIT(MAPCOUNT_BITS_ - 1) /* set in a count: too close to its limit for the lane */
 #define LANE_HALF_COUNTER LANE_BIT(COUNTER_SHIFT_ + COUNTER_BITS_ - 1)
@@ -829,7 +830,8 @@ static inline size_t lane_protect_run(struct lane *l, uint64_t *src, size_t n, s
     return l->level ? lane_protect_run_scalar(l, src, n, left, ahead) : 0;
 }
 
-/* The read-only pass over n entries: how many from the front are none or map a page of the extent. */
+/* The read-only pass over n entries: how many from the front copying may go on with as far as their pages are concerned, or a
+ * few less. */
 static inline size_t lane_check(const struct lane *l, const uint64_t *entries, size_t n)
 {
 #if LANE_X86

@@ -64,13 +64,15 @@ LANE_TARGET LANE_INLINE V LANE(lane_extent)(const struct lane *l, V v, V *bad)
 }
 
 /* How lane_check tells entries that map pages of the extent: as lane_extent does, and PROT_NONE entries, whose PFN may be
- * inverted, as what they would be without that. Entries of one swap area are fine too: `swapped` where `absent` has bits. */
+ * inverted, as what they would be without that. With gaps, those of one swap area are fine too: with area 0, mostly none as
+ * well, which looks like one of its entries. */
 struct LANE(lane_kind) {
-    V turn, mask, first, last, absent, swapped;
-    int protnone, swaps; /* swaps: whether there is such an area yet */
+    V turn, mask, first, last, area, swapped;
+    uint64_t of; /* the swap area: what its entries are where the area's mask has bits */
+    int protnone, gaps;
 };
 
-LANE_TARGET LANE_INLINE struct LANE(lane_kind) LANE(lane_kind_of)(const struct lane *l, int protnone)
+LANE_TARGET LANE_INLINE struct LANE(lane_kind) LANE(lane_kind_of)(const struct lane *l, int protnone, uint64_t of)
 {
     const uint64_t also = protnone ? l->present & ~l->valid : 0, first = l->extent_pfn << LANE_PFN_SHIFT | l->valid | also;
     struct LANE(lane_kind) kind;
@@ -78,9 +80,11 @@ LANE_TARGET LANE_INLINE struct LANE(lane_kind) LANE(lane_kind_of)(const struct l
     kind.mask = LANE(set)(l->pfn_mask | l->valid | l->special | also);
     kind.first = LANE(set)(first);
     kind.last = LANE(set)((l->extent_len - 1) << LANE_PFN_SHIFT);
-    kind.absent = kind.swapped = LANE(set)(0);
+    kind.area = LANE(set)(l->present | l->swp_type_mask << l->swp_type_shift);
+    kind.swapped = LANE(set)(of);
+    kind.of = of;
     kind.protnone = protnone;
-    kind.swaps = 0;
+    kind.gaps = of != LANE_NO_AREA;
     return kind;
 }
 
@@ -91,10 +95,10 @@ LANE_TARGET LANE_INLINE V LANE(lane_unkind)(const struct LANE(lane_kind) *kind, 
     return LANE(and)(LANE(or)(at, LANE(sub)(kind->last, at)), LANE(set)(LANE_BIT(63) | (LANE_BIT(LANE_PFN_SHIFT) - 1)));
 }
 
-/* From i on to `end`, 4 * LANES entries at a time of each stream (constant where inlined, as swaps), which lie `part` entries
- * behind each other: where the first are that are not all of that kind or (if swaps) of its swap area. */
+/* From i on to `end`, 4 * LANES entries at a time of each stream (constant where inlined, as gaps), which lie `part` entries
+ * behind each other: where the first are that are not all of that kind. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_kin)(const struct LANE(lane_kind) *shared, const uint64_t *entries, size_t i,
-                                              size_t end, size_t part, const size_t streams, const int swaps)
+                                              size_t end, size_t part, const size_t streams, const int gaps)
 {
     const struct LANE(lane_kind) local = *shared, *kind = &local; /* as in lane_run */
     size_t stream, k;
@@ -103,9 +107,11 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_kin)(const struct LANE(lane_kind) *shar
         for (stream = 0; stream < streams; stream++) {
             const uint64_t *const some = entries + i + stream * part;
             for (k = 0; k < 4 * LANES; k += LANES) {
-                const V v = LANE(load)(some + k), unkind = LANE(lane_unkind)(kind, v);
-                const V more = swaps ? LANE(choose)(LANE(and)(v, kind->absent), kind->swapped, LANE(set)(0), unkind) : unkind;
-                bad = LANE(or)(bad, more);
+                const V v = LANE(load)(some + k);
+                V unkind = LANE(lane_unkind)(kind, v);
+                if (gaps)
+                    unkind = LANE(choose)(LANE(and)(v, kind->area), kind->swapped, LANE(set)(0), unkind);
+                bad = LANE(or)(bad, unkind);
             }
             for (k = 0; k < 4 * LANES; k += LANE_LINE)
                 LANE_PREFETCH_READ((const void *)((uintptr_t)(some + k) + LANE_AHEAD_STREAM * sizeof(uint64_t)));
@@ -119,7 +125,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_kin)(const struct LANE(lane_kind) *shar
 /* Zero if LANES entries, whatever mixture, are none, or map a page of the extent, or are of pages that are swapped out. */
 LANE_TARGET LANE_INLINE V LANE(lane_any_kind)(const struct lane *l, V v)
 {
-    const struct LANE(lane_kind) present = LANE(lane_kind_of)(l, 0), protnone = LANE(lane_kind_of)(l, 1);
+    const struct LANE(lane_kind) present = LANE(lane_kind_of)(l, 0, LANE_NO_AREA), protnone = LANE(lane_kind_of)(l, 1, LANE_NO_AREA);
     const V none = LANE(xor)(LANE(and)(v, LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)), zero = LANE(set)(0);
     const V type = LANE(and)(LANE(shr)(v, l->swp_type_shift), LANE(set)(l->swp_type_mask));
     V bad = LANE(choose)(LANE(and)(v, LANE(set)(l->valid)), zero, LANE(lane_unkind)(&protnone, v), LANE(lane_unkind)(&present, v));
@@ -128,10 +134,12 @@ LANE_TARGET LANE_INLINE V LANE(lane_any_kind)(const struct lane *l, V v)
     return LANE(choose)(none, zero, zero, bad);
 }
 
-/* As lane_any_kind, of 4 * LANES entries; from now on others like them are of the kind. */
+/* As lane_any_kind, of 4 * LANES entries. The kind becomes that of the first of them, with the swap area of the first that is
+ * not present. */
 LANE_TARGET LANE_INLINE V LANE(lane_mixed)(const struct lane *l, struct LANE(lane_kind) *kind, const uint64_t *entries)
 {
     const uint64_t area = l->present | l->swp_type_mask << l->swp_type_shift;
+    uint64_t of = kind->of;
     V bad = LANE(set)(0);
     size_t k = 0;
     int present = 1;
@@ -140,20 +148,14 @@ LANE_TARGET LANE_INLINE V LANE(lane_mixed)(const struct lane *l, struct LANE(lan
         bad = LANE(or)(bad, LANE(lane_any_kind)(l, v));
         present &= LANE(count)(v, l->present) == LANES;
     }
-    if (entries[0] & l->present && !(entries[0] & l->valid) != kind->protnone) {
-        const struct LANE(lane_kind) last = *kind;
-        *kind = LANE(lane_kind_of)(l, !last.protnone);
-        kind->absent = last.absent;
-        kind->swapped = last.swapped;
-        kind->swaps = last.swaps;
-    }
-    for (k = 0; !present && k < 4 * LANES; k++)
-        if (!(entries[k] & l->present) && (entries[k] >> l->swp_type_shift & l->swp_type_mask) < l->swp_types) {
-            kind->absent = LANE(set)(area);
-            kind->swapped = LANE(set)(entries[k] & area);
-            kind->swaps = 1;
+    for (k = 0; !present && k < 4 * LANES; k++) {
+        const uint64_t v = entries[k];
+        if (!(v & l->present) && (v >> l->swp_type_shift & l->swp_type_mask) < l->swp_types) {
+            of = v & area;
             break;
         }
+    }
+    *kind = LANE(lane_kind_of)(l, entries[0] & l->present ? !(entries[0] & l->valid) : kind->protnone, of);
     return bad;
 }
 
@@ -164,7 +166,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_may)(const struct lane *l, struct LANE(
     size_t stream;
     for (;; i += 4 * LANES) {
         V bad = LANE(set)(0);
-        i = kind->swaps ? LANE(lane_kin)(kind, entries, i, end, part, streams, 1)
+        i = kind->gaps ? LANE(lane_kin)(kind, entries, i, end, part, streams, 1)
             : LANE(lane_kin)(kind, entries, i, end, part, streams, 0);
         if (i + 4 * LANES > end)
             return i;
@@ -179,7 +181,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_may)(const struct lane *l, struct LANE(
 LANE_TARGET static size_t LANE(lane_check)(const struct lane *l, const uint64_t *entries, size_t n)
 {
     const size_t part = n / LANE_STREAMS & ~(size_t)(4 * LANES - 1);
-    struct LANE(lane_kind) kind = LANE(lane_kind_of)(l, n && entries[0] & l->present && !(entries[0] & l->valid));
+    const int protnone = n && entries[0] & l->present && !(entries[0] & l->valid);
+    struct LANE(lane_kind) kind = LANE(lane_kind_of)(l, protnone, LANE_NO_AREA);
     size_t i = 0;
     /* One stream of reads does not keep the memory busy: several at once do. */
     if (part >= LANE_LONG)
@@ -337,13 +340,25 @@ LANE_TARGET LANE_APART size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, ui
     return i + lane_swap(l, src + i, dst + i, n - i);
 }
 
-/* As lane_piece, where all entries that map a page are like v, whatever is between them; 0 with nothing done if not. */
+/* One more mapping of some of LANES pages, whose words were `before`; all says that all are of the folio. */
+LANE_TARGET LANE_INLINE void LANE(lane_some_pages)(const struct lane *l, uint64_t *words, V before, unsigned some,
+                                                   uint64_t clear, int all)
+{
+    const V after = LANE(add)(LANE(andnot)(LANE(set)(clear), before), LANE(set)(l->page_mapcount));
+    if (all)
+        LANE(store)(words, LANE(some)(some, after, before));
+    else
+        LANE(store_some)(words, some, after);
+}
+
+/* As lane_piece, where all entries that map a page are like v, whatever is between them; 0 with nothing done if not (or if
+ * lane_piece would return 0). */
 LANE_TARGET LANE_INLINE size_t LANE(lane_gaps)(struct lane *l, uint64_t *src, uint64_t *dst, uint64_t *words, size_t n,
                                                size_t left, uint64_t v, uint64_t step, uint64_t clear, const size_t wide,
                                                size_t *mapped)
 {
     enum { MOST = LANE_WHOLE / LANES, ALL = (1 << LANES) - 1 };
-    const int any = (v & l->writable) != 0, write = any && l->cow, always = !l->clamp && n < left;
+    const int any = (v & l->writable) != 0, write = any && l->cow, behind = !l->clamp && n < left;
     const V zero = LANE(set)(0), ramp = LANE(ramp)(v, step), present = LANE(set)(l->present);
     const V protect = LANE(set)(write ? lane_wrprotect(l, v) - v : 0), child = LANE(set)(lane_child(l, v, any) - v);
     V like[MOST], before[MOST], near = zero;
@@ -378,18 +393,14 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_gaps)(struct lane *l, uint64_t *src, ui
     }
     for (k = 0; k < wide / LANES; k++) {
         const unsigned lanes = alike >> k * LANES & ALL;
-        const V word = LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount));
         if (write)
             LANE(store_some)(src + k * LANES, lanes, LANE(add)(like[k], protect));
         LANE(store_some)(dst + k * LANES, lanes, LANE(add)(like[k], child));
-        if ((k + 1) * LANES <= n) /* words of this folio only */
-            LANE(store)(words + k * LANES, LANE(some)(lanes, word, before[k]));
-        else
-            LANE(store_some)(words + k * LANES, lanes, word);
+        LANE(lane_some_pages)(l, words + k * LANES, before[k], lanes, clear, (k + 1) * LANES <= n);
     }
     *mapped = (size_t)__builtin_popcount(alike);
-    /* Reads of the scan: all entries but the first of each batch, and the one that ended it. */
-    l->reads += (int64_t)*mapped - (always ? 0 : alike >> (n - 1) & 1);
+    /* As in lane_piece: each batch reads its entries but the first, and mostly the one behind them. */
+    l->reads += (int64_t)*mapped - (behind ? 0 : alike >> (n - 1) & 1);
     l->wrprotects += write ? nr_batches : 0;
     l->wrprotected += write ? (int64_t)*mapped : 0;
     l->exclusive += __builtin_popcount(alike & exclusive);
@@ -459,14 +470,10 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_piece)(struct lane *l, uint64_t *src, u
     same &= (1u << done) - 1;
     for (k = 0; k < many; k++) {
         const unsigned lanes = same >> k * LANES & ALL;
-        const V word = LANE(add)(LANE(andnot)(LANE(set)(clear), before[k]), LANE(set)(l->page_mapcount));
         LANE(store_some)(dst + k * LANES, lanes, after[k]);
         if (protect)
             LANE(store_some)(src + k * LANES, protect >> k * LANES & ALL, LANE(lane_change)(&l->wrprotect, entries[k]));
-        if ((k + 1) * LANES <= n) /* words of this folio only */
-            LANE(store)(words + k * LANES, LANE(some)(lanes, word, before[k]));
-        else
-            LANE(store_some)(words + k * LANES, lanes, word);
+        LANE(lane_some_pages)(l, words + k * LANES, before[k], lanes, clear, (k + 1) * LANES <= n);
     }
     *mapped = (size_t)__builtin_popcount(same);
     l->wrprotected += __builtin_popcount(protect);
@@ -485,29 +492,18 @@ LANE_TARGET LANE_APART size_t LANE(lane_pieces)(struct lane *l, uint64_t *src, u
     size_t i = 0, done, nr, mapped = 0;
     for (; i < n; i += done) {
         const uint64_t v = src[i], step = lane_step(l, v);
-        const size_t wide = n - i <= 4 ? 4 : LANE_WHOLE;
+        const size_t wide = n - i <= 4 ? 4 : LANE_WHOLE, rest = n - i, more = left - i;
+        uint64_t *const from = src + i, *const to = dst + i, *const words = l->words + page + i;
         nr = 0;
-        if ((v & ~l->none_ignore) == l->none_value) {
-            l->none++;
-            done = 1;
-            continue;
-        }
-        if (!(v & l->present)) {
-            done = lane_swap(l, src + i, dst + i, n - i);
-        } else {
-            if (v & l->special || lane_pfn(l, v) != pfn + i || !lane_canonical(l, v))
-                break;
-            if (ahead - i < wide || l->nr_words - page - i < wide)
-                break;
-            if (wide == 4)
-                done = LANE4(lane_gaps)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, 4, &nr);
-            else
-                done = LANE(lane_gaps)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, LANE_WHOLE, &nr);
-            if (!done && wide == 4)
-                done = LANE4(lane_piece)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, 4, &nr);
-            else if (!done)
-                done = LANE(lane_piece)(l, src + i, dst + i, l->words + page + i, n - i, left - i, v, step, clear, LANE_WHOLE, &nr);
-        }
+        if (!(v & l->present) || v & l->special || lane_pfn(l, v) != pfn + i || !lane_canonical(l, v))
+            break;
+        if (ahead - i < wide || l->nr_words - page - i < wide)
+            break;
+        done = wide == 4 ? LANE4(lane_gaps)(l, from, to, words, rest, more, v, step, clear, 4, &nr)
+            : LANE(lane_gaps)(l, from, to, words, rest, more, v, step, clear, LANE_WHOLE, &nr);
+        if (!done)
+            done = wide == 4 ? LANE4(lane_piece)(l, from, to, words, rest, more, v, step, clear, 4, &nr)
+                : LANE(lane_piece)(l, from, to, words, rest, more, v, step, clear, LANE_WHOLE, &nr);
         if (!done)
             break;
         mapped += nr;
@@ -518,7 +514,7 @@ LANE_TARGET LANE_APART size_t LANE(lane_pieces)(struct lane *l, uint64_t *src, u
 }
 
 /* For lane_whole: slot i has page `offset` of a folio that begins at that place of the extent and is not mapped whole by one
- * batch; the pages before are done. Returns how many slots were dealt with. */
+ * batch, or (unless offset is 0) looks like it; the slots before are done. Returns how many more were dealt with. */
 LANE_TARGET LANE_APART size_t LANE(lane_broken)(struct lane *l, uint64_t *src, uint64_t *dst, size_t i, size_t n, size_t left,
                                                 size_t ahead, uint64_t at, size_t offset, int order)
 {
@@ -528,9 +524,9 @@ LANE_TARGET LANE_APART size_t LANE(lane_broken)(struct lane *l, uint64_t *src, u
     if (!l->batching || !(w >> VALID_BIT_) || (w >> ORDER_SHIFT_ & (LANE_BIT(ORDER_BITS_) - 1)) != (uint64_t)order
         || !lane_large_ok(l, page, w))
         return 0;
-    if (l->clamp) {
-        left = pages - offset; /* what is behind the folio is not read */
-    } else {
+    if (offset && l->nr_others)
+        return 0; /* the folio may be another thread's */
+    if (!l->clamp) { /* nobody asks otherwise, and it takes a division */
         left = lane_left(l, left, i, n);
         left = left ? left : l->ptrs < n - i ? l->ptrs : n - i;
     }

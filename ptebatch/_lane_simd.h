@@ -125,7 +125,8 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_kin)(const struct LANE(lane_kind) *shar
 /* Zero if LANES entries, whatever mixture, are none, or map a page of the extent, or are of pages that are swapped out. */
 LANE_TARGET LANE_INLINE V LANE(lane_any_kind)(const struct lane *l, V v)
 {
-    const struct LANE(lane_kind) present = LANE(lane_kind_of)(l, 0, LANE_NO_AREA), protnone = LANE(lane_kind_of)(l, 1, LANE_NO_AREA);
+    const struct LANE(lane_kind) present = LANE(lane_kind_of)(l, 0, LANE_NO_AREA);
+    const struct LANE(lane_kind) protnone = LANE(lane_kind_of)(l, 1, LANE_NO_AREA);
     const V none = LANE(xor)(LANE(and)(v, LANE(set)(~l->none_ignore)), LANE(set)(l->none_value)), zero = LANE(set)(0);
     const V type = LANE(and)(LANE(shr)(v, l->swp_type_shift), LANE(set)(l->swp_type_mask));
     V bad = LANE(choose)(LANE(and)(v, LANE(set)(l->valid)), zero, LANE(lane_unkind)(&protnone, v), LANE(lane_unkind)(&present, v));

@@ -376,6 +376,12 @@ LANE_INLINE size_t lane_slot(const struct lane *l, uint64_t v)
     return at < l->nr_slots && l->slots[at] == key ? at : l->nr_slots;
 }
 
+/* The bits in which all entries of one swap area are the same, and none that maps a page. */
+LANE_INLINE uint64_t lane_area(const struct lane *l)
+{
+    return l->present | l->swp_type_mask << l->swp_type_shift;
+}
+
 LANE_INLINE void lane_swapped(struct lane *l, size_t n)
 {
     l->swapped += (int64_t)n;

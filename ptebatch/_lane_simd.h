@@ -64,12 +64,12 @@ LANE_TARGET LANE_INLINE V LANE(lane_extent)(const struct lane *l, V v, V *bad)
 }
 
 /* How lane_check tells entries that map pages of the extent: as lane_extent does, and PROT_NONE entries, whose PFN may be
- * inverted, as what they would be without that. With gaps, those of one swap area are fine too: with area 0, mostly none as
- * well, which looks like one of its entries. */
+ * inverted, as what they would be without that. Those of a swap area are fine too: with area 0, mostly none as well, which
+ * looks like one of its entries. */
 struct LANE(lane_kind) {
     V turn, mask, first, last, area, swapped;
-    uint64_t of; /* the swap area: what its entries are where the area's mask has bits */
-    int protnone, gaps;
+    uint64_t of; /* the swap area: what its entries are where lane_area() has bits, or LANE_NO_AREA */
+    int protnone;
 };
 
 LANE_TARGET LANE_INLINE struct LANE(lane_kind) LANE(lane_kind_of)(const struct lane *l, int protnone, uint64_t of)
@@ -80,11 +80,10 @@ LANE_TARGET LANE_INLINE struct LANE(lane_kind) LANE(lane_kind_of)(const struct l
     kind.mask = LANE(set)(l->pfn_mask | l->valid | l->special | also);
     kind.first = LANE(set)(first);
     kind.last = LANE(set)((l->extent_len - 1) << LANE_PFN_SHIFT);
-    kind.area = LANE(set)(l->present | l->swp_type_mask << l->swp_type_shift);
+    kind.area = LANE(set)(lane_area(l));
     kind.swapped = LANE(set)(of);
     kind.of = of;
     kind.protnone = protnone;
-    kind.gaps = of != LANE_NO_AREA;
     return kind;
 }
 
@@ -95,10 +94,10 @@ LANE_TARGET LANE_INLINE V LANE(lane_unkind)(const struct LANE(lane_kind) *kind, 
     return LANE(and)(LANE(or)(at, LANE(sub)(kind->last, at)), LANE(set)(LANE_BIT(63) | (LANE_BIT(LANE_PFN_SHIFT) - 1)));
 }
 
-/* From i on to `end`, 4 * LANES entries at a time of each stream (constant where inlined, as gaps), which lie `part` entries
- * behind each other: where the first are that are not all of that kind. */
+/* From i on to `end`, 4 * LANES entries at a time of each stream (constant where inlined, as swaps), which lie `part` entries
+ * behind each other: where the first are that are not all of that kind or (if swaps) of its swap area. */
 LANE_TARGET LANE_INLINE size_t LANE(lane_kin)(const struct LANE(lane_kind) *shared, const uint64_t *entries, size_t i,
-                                              size_t end, size_t part, const size_t streams, const int gaps)
+                                              size_t end, size_t part, const size_t streams, const int swaps)
 {
     const struct LANE(lane_kind) local = *shared, *kind = &local; /* as in lane_run */
     size_t stream, k;
@@ -109,7 +108,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_kin)(const struct LANE(lane_kind) *shar
             for (k = 0; k < 4 * LANES; k += LANES) {
                 const V v = LANE(load)(some + k);
                 V unkind = LANE(lane_unkind)(kind, v);
-                if (gaps)
+                if (swaps)
                     unkind = LANE(choose)(LANE(and)(v, kind->area), kind->swapped, LANE(set)(0), unkind);
                 bad = LANE(or)(bad, unkind);
             }
@@ -139,7 +138,6 @@ LANE_TARGET LANE_INLINE V LANE(lane_any_kind)(const struct lane *l, V v)
  * not present. */
 LANE_TARGET LANE_INLINE V LANE(lane_mixed)(const struct lane *l, struct LANE(lane_kind) *kind, const uint64_t *entries)
 {
-    const uint64_t area = l->present | l->swp_type_mask << l->swp_type_shift;
     uint64_t of = kind->of;
     V bad = LANE(set)(0);
     size_t k = 0;
@@ -152,7 +150,7 @@ LANE_TARGET LANE_INLINE V LANE(lane_mixed)(const struct lane *l, struct LANE(lan
     for (k = 0; !present && k < 4 * LANES; k++) {
         const uint64_t v = entries[k];
         if (!(v & l->present) && (v >> l->swp_type_shift & l->swp_type_mask) < l->swp_types) {
-            of = v & area;
+            of = v & lane_area(l);
             break;
         }
     }
@@ -167,7 +165,7 @@ LANE_TARGET LANE_INLINE size_t LANE(lane_may)(const struct lane *l, struct LANE(
     size_t stream;
     for (;; i += 4 * LANES) {
         V bad = LANE(set)(0);
-        i = kind->gaps ? LANE(lane_kin)(kind, entries, i, end, part, streams, 1)
+        i = kind->of != LANE_NO_AREA ? LANE(lane_kin)(kind, entries, i, end, part, streams, 1)
             : LANE(lane_kin)(kind, entries, i, end, part, streams, 0);
         if (i + 4 * LANES > end)
             return i;
@@ -311,7 +309,6 @@ LANE_TARGET LANE_INLINE void LANE(lane_pages)(struct lane *l, uint64_t *words, u
 /* As lane_swap, LANES entries at a time where they are of one swap area and their slots neighbours. */
 LANE_TARGET LANE_APART size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, uint64_t *dst, size_t n)
 {
-    const uint64_t type_bits = l->swp_type_mask << l->swp_type_shift;
     size_t i = 0;
     for (; i + LANES <= n && !(src[i + LANES - 1] & l->present); i += LANES) {
         const uint64_t first = src[i];
@@ -325,7 +322,7 @@ LANE_TARGET LANE_APART size_t LANE(lane_swaps)(struct lane *l, uint64_t *src, ui
         keys = LANE(or)(keys, LANE(set)((first >> l->swp_type_shift & l->swp_type_mask) << KEY_TYPE_SHIFT_));
         slots = (uint64_t *)l->slot_counts + at;
         counts = LANE(load)(slots);
-        bad = LANE(and)(LANE(xor)(v, LANE(set)(first)), LANE(set)(l->present | type_bits));
+        bad = LANE(and)(LANE(xor)(v, LANE(set)(first)), LANE(set)(lane_area(l)));
         bad = LANE(or)(bad, LANE(xor)(keys, LANE(load)(l->slots + at)));
         counts = LANE(or)(counts, LANE(sub)(LANE(set)(SWAP_MAP_MAX_ - 1), counts)); /* bit 63: too many */
         bad = LANE(or)(bad, LANE(and)(counts, LANE(set)(LANE_BIT(63))));
@@ -526,7 +523,7 @@ LANE_TARGET LANE_APART size_t LANE(lane_broken)(struct lane *l, uint64_t *src, u
         || !lane_large_ok(l, page, w))
         return 0;
     if (offset && l->nr_others)
-        return 0; /* the folio may be another thread's */
+        return 0; /* the folio may be another thread's; but several threads pass all swap entries over: lane_threads */
     if (!l->clamp) { /* nobody asks otherwise, and it takes a division */
         left = lane_left(l, left, i, n);
         left = left ? left : l->ptrs < n - i ? l->ptrs : n - i;

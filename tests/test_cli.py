@@ -684,8 +684,8 @@ def test_ctrl_c():
         "sys.argv = ['ptebatch', 'fork', '--impl', 'reference', '--workload', 'size=2GiB,clean=0.5']\n"
         "ptebatch.cli.main()"
     )
+    args = [sys.executable, "-c", code]
     for _ in range(3):
-        args = [sys.executable, "-c", code]
         with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None and process.stdout.readline() == "begins\n"
             time.sleep(0.5)
